@@ -1,0 +1,139 @@
+"""The capture spec: all that decides the content of a draw and its likelihoods, and its fingerprint (DESIGN §2, §3).
+
+Two captures with the same spec give the same cache; any other field is another cache. Choices of stage 2 are no part of
+it, nor is the extent (which documents, how many draws), which may grow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shared.errors import TidecacheError
+
+FORMAT_VERSION = 1
+CONTEXTS = ("compdemo", "plain")
+LANES = ("gold", "topk")
+MASK_LAWS = ("chunk", "token")
+LAYOUTS = ("full", "block-causal", "bd3lm", "reordered")
+CODECS = ("raw",)
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """The teacher as the cache knows it. Digests are of content (`shared.digests`), never of names or paths."""
+
+    name: str  # the preset, or the folder's last part; names the cache's folder
+    architecture: str
+    weights: str
+    tokenizer: str
+    vocabulary: int  # rows of the head that the tokenizer knows; the log-softmax runs over these
+    layout: str
+    block_size: int
+    mask_id: int
+    logit_shift: bool
+    noise_kernel: str = "mask"
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class StudentTokenizerSpec:
+    """One declared student tokenizer: its boundaries shape the chunks, its limit (tokens) cuts the documents."""
+
+    name: str
+    tokenizer: str
+    length_limit: int
+
+
+@dataclass(frozen=True)
+class CaptureSpec:
+    """See the module. Lengths in tokens, temperatures without unit, `batch_tokens` in tokens per teacher batch."""
+
+    teacher: TeacherSpec
+    students: tuple[StudentTokenizerSpec, ...]
+    length_limit: int  # of the teacher's sequence
+    normal_form: str = "none"  # or "NFC"; one form for all tokenizers
+    mask_law: str = "chunk"
+    demo_ratio: float = 0.5
+    epsilon: float = 1e-3
+    seed: int = 0
+    contexts: tuple[str, ...] = ("compdemo",)
+    lanes: tuple[str, ...] = ("gold", "topk")
+    k: int = 16
+    temperatures: tuple[float, ...] = (1.0, 2.0)
+    codec: str = "raw"
+    batch_tokens: int = 4096
+    dedup: str = "content"
+    held_out: str = "hash:0.02"  # rule of the split: `hash:SHARE`, `corpus` (named by the corpus) or `none`
+    format: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Refuse what no capture can mean."""
+        for field, value, allowed in (
+            ("mask_law", self.mask_law, MASK_LAWS),
+            ("codec", self.codec, CODECS),
+            ("teacher.layout", self.teacher.layout, LAYOUTS),
+            ("normal_form", self.normal_form, ("none", "NFC")),
+        ):
+            if value not in allowed:
+                raise TidecacheError(f"{field}: expected one of {', '.join(allowed)}, found {value!r}")
+        if not self.contexts or set(self.contexts) - set(CONTEXTS):
+            raise TidecacheError(f"contexts: expected some of {', '.join(CONTEXTS)}, found {', '.join(self.contexts) or 'none'}")
+        if "gold" not in self.lanes or set(self.lanes) - set(LANES):
+            raise TidecacheError(f"lanes: expected gold, and topk or not, found {', '.join(self.lanes) or 'none'}")
+        if self.mask_law == "token" and len(self.students) != 1:
+            raise TidecacheError(
+                f"the mask law `token` masks the tokens of one student and needs exactly one declared student tokenizer; "
+                f"{len(self.students)} are declared: declare one, or take the mask law `chunk`"
+            )
+        if 1.0 not in self.temperatures or any(t <= 0 for t in self.temperatures):
+            raise TidecacheError(f"temperatures: expected positive numbers, 1 among them, found {self.temperatures}")
+        if not 0.0 < self.demo_ratio < 1.0:
+            raise TidecacheError(f"demo_ratio: expected a number between 0 and 1, found {self.demo_ratio}")
+        if self.k < 1:
+            raise TidecacheError(f"k: expected at least 1, found {self.k}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, tuples as lists."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CaptureSpec:
+        """Read `to_json`'s form.
+
+        Raises:
+            TidecacheError: a field is missing or unknown, named in the message.
+        """
+        try:
+            known = dict(data)
+            teacher = TeacherSpec(**known.pop("teacher"))
+            students = tuple(StudentTokenizerSpec(**s) for s in known.pop("students"))
+            for name in ("contexts", "lanes", "temperatures"):
+                known[name] = tuple(known[name])
+            return cls(teacher=teacher, students=students, **known)
+        except (KeyError, TypeError) as error:
+            raise TidecacheError(f"the spec does not have the fields of format {FORMAT_VERSION}: {error}") from error
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits: BLAKE2b of the canonical JSON."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def differences(ours: CaptureSpec, theirs: CaptureSpec) -> list[tuple[str, Any, Any]]:
+    """(dotted field, our value, their value) for every field that differs, in order."""
+
+    def flat(value: Any, prefix: str) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}{key}.").items()}
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return {k: v for i, item in enumerate(value) for k, v in flat(item, f"{prefix}{i}.").items()}
+        return {prefix.rstrip("."): value}
+
+    a, b = flat(ours.to_json(), ""), flat(theirs.to_json(), "")
+    return [(name, a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)]
