@@ -1,6 +1,6 @@
 """The documents of a cache: what a corpus yields, what the tokenizers make of it, and what is stored (DESIGN §2, §4).
 
-`RawDocument` comes from a corpus. `prepare` (in `shared.alignment_of_documents`, kept apart because it needs the
+`RawDocument` comes from a corpus. `Preparer.prepare` (in `shared.preparation`, kept apart because it needs the
 tokenizers) turns it into a `PreparedDocument`: normalised, cut to the length limits on a chunk boundary, with the
 teacher's tokens and the chunks common to all declared tokenizers.
 
@@ -47,7 +47,9 @@ class RawDocument:
 
 def document_key(messages: tuple[Message, ...], chat: bool) -> str:
     """BLAKE2b over the canonical JSON of (chat, [(role, content, trainable)])."""
-    text = json.dumps([chat, [[m.role, m.content, m.trainable] for m in messages]], ensure_ascii=True, separators=(",", ":"))
+    text = json.dumps(
+        [chat, [[m.role, m.content, m.trainable] for m in messages]], ensure_ascii=True, separators=(",", ":")
+    )
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -55,8 +57,9 @@ def document_key(messages: tuple[Message, ...], chat: bool) -> str:
 class Encoded:
     """One tokenizer's view of a document: token i covers bytes [edges[i], edges[i + 1]) of its rendering.
 
-    `trainable_L` marks the tokens a student may be asked for: those that overlap a trainable content, the template's
-    tokens between the generation prompt and that content, and the end of its turn.
+    `trainable_L` marks the tokens a student may be asked for: those whose first byte lies in a trainable content, in
+    what the template puts between the generation prompt and that content, or in the end of its turn. A token that
+    straddles the end of the generation prompt belongs to the prompt.
     """
 
     ids_L: IntArray
@@ -67,8 +70,11 @@ class Encoded:
     def boundaries(self, message: int) -> IntArray:
         """Ascending byte offsets inside the message's content (ends included) at which a token starts or ends."""
         start, stop = self.spans[message]
-        inside = self.edges[(self.edges >= start) & (self.edges <= stop)]
-        return np.unique(inside) - start
+        first, last = np.searchsorted(self.edges, (start, stop + 1))
+        inside = self.edges[first:last]
+        new = np.ones(len(inside), dtype=np.bool_)
+        new[1:] = inside[1:] > inside[:-1]  # a token without bytes repeats its edge
+        return np.asarray(inside[new] - start)
 
     def token_ranges(self, chunks: Chunks) -> tuple[IntArray, IntArray]:
         """(first_C, stop_C): the tokens [first, stop) that spell each chunk. Chunk ends must be token boundaries."""
@@ -92,7 +98,7 @@ class Chunks:
 
 @dataclass(frozen=True)
 class PreparedDocument:
-    """A document ready for capture. `cut`: it was longer than a limit; nothing after its last content byte is rendered."""
+    """A document ready for capture. `cut`: it exceeded a limit; nothing after its last content byte is rendered."""
 
     key: str
     name: str

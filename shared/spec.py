@@ -82,7 +82,9 @@ class CaptureSpec:
             if value not in allowed:
                 raise TidecacheError(f"{field}: expected one of {', '.join(allowed)}, found {value!r}")
         if not self.contexts or set(self.contexts) - set(CONTEXTS):
-            raise TidecacheError(f"contexts: expected some of {', '.join(CONTEXTS)}, found {', '.join(self.contexts) or 'none'}")
+            raise TidecacheError(
+                f"contexts: expected some of {', '.join(CONTEXTS)}, found {', '.join(self.contexts) or 'none'}"
+            )
         if "gold" not in self.lanes or set(self.lanes) - set(LANES):
             raise TidecacheError(f"lanes: expected gold, and topk or not, found {', '.join(self.lanes) or 'none'}")
         if self.mask_law == "token" and len(self.students) != 1:

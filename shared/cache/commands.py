@@ -1,0 +1,57 @@
+"""`tidecache cache …`: look into a cache and check it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from shared.errors import TidecacheError
+
+app = typer.Typer(help="Look into a cache and check it.", no_args_is_help=True, rich_markup_mode="rich")
+
+CachePath = typer.Argument(help="The cache's folder.", metavar="CACHE")
+
+
+@app.callback()
+def group() -> None:
+    """Look into a cache and check it."""
+
+
+@app.command()
+def inspect(
+    cache: Path = CachePath,
+    as_json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
+) -> None:
+    """Show what a cache holds.
+
+    Documents, draws, bytes by lane, and the teacher's likelihoods by timestep.
+
+    Only the manifest and the footers of the files are read.
+    """
+    from shared.cache.inspect import inspect_cache, render
+
+    inspection = inspect_cache(cache)
+    if as_json:
+        typer.echo(json.dumps(inspection.to_json(), indent=1))
+        return
+    from rich.console import Console
+
+    render(inspection, Console(highlight=False))
+
+
+@app.command()
+def verify(cache: Path = CachePath) -> None:
+    """Check every file, row and digest of a cache.
+
+    Reads all of it; each problem found is one line that says what to do.
+    """
+    from shared.cache.verify import verify as verify_cache
+
+    report = verify_cache(cache)
+    for problem in report.problems:
+        typer.echo(f"problem: {problem}", err=True)
+    if report.problems:
+        raise TidecacheError(f"{cache}: {len(report.problems)} problems found, see above")
+    typer.echo(f"{cache}: {report.files} files, {report.size_bytes:,} bytes, {report.draws:,} draws: all in order")

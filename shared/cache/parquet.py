@@ -1,0 +1,145 @@
+"""Parquet files of a cache as such: how tables become bytes, and how bytes are checked before they become tables.
+
+zstd, page checksums and a page index; the footer carries our entries as JSON under `tidecache.`. A file is read whole
+(a shard has at most some tens of MB), and its length and digest are compared with its record before anything is parsed,
+so that damage ends in a clear error and nothing damaged is ever used. Page checksums are verified as well; other
+readers have only those.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from shared.cache import files
+from shared.cache.manifest import FileRecord
+
+ROW_GROUP_ROWS = 256
+MAX_VALUES = 1 << 28  # values in one column of one file; more is no shard but a decompression bomb
+MAX_UNCOMPRESSED = 1 << 31  # bytes of all columns of one file
+MAX_FILE_BYTES = 1 << 30
+METADATA_PREFIX = "tidecache."
+REMEDY = "`tidecache cache verify` lists all that is damaged and says how to mend it"
+
+
+def encode(table: pa.Table, metadata: Mapping[str, Any]) -> bytes:
+    """The Parquet file: zstd, page checksums, `metadata` as JSON under `tidecache.` in the footer. Equal tables give
+    equal bytes with the same pyarrow.
+    """
+    footer = {
+        METADATA_PREFIX + key: json.dumps(value, sort_keys=True, ensure_ascii=True) for key, value in metadata.items()
+    }
+    sink = pa.BufferOutputStream()
+    encodings = {
+        f"{field.name}{'.list.element' if pa.types.is_list(field.type) else ''}": encoding
+        for field in table.schema
+        if (encoding := _encoding(field)) is not None
+    }
+    pq.write_table(
+        table.replace_schema_metadata(footer),
+        sink,
+        row_group_size=ROW_GROUP_ROWS,
+        compression="zstd",
+        compression_level=9,
+        use_dictionary=["document", "messages.list.element.role"],
+        column_encoding=encodings,
+        write_page_checksum=True,
+        write_page_index=True,
+    )
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+def _encoding(field: pa.Field) -> str | None:
+    """Floats by byte planes (the rounded-off low bits cost nothing then), integers as deltas, the rest plain."""
+    value = field.type.value_type if pa.types.is_list(field.type) else field.type
+    if pa.types.is_floating(value):
+        return "BYTE_STREAM_SPLIT"
+    return "DELTA_BINARY_PACKED" if pa.types.is_integer(value) else None
+
+
+def footer_of(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """The entries under `tidecache.`, decoded; those of others are left out."""
+    prefix = METADATA_PREFIX.encode()
+    return {k[len(prefix) :].decode(): json.loads(v) for k, v in (metadata or {}).items() if k.startswith(prefix)}
+
+
+def open_parquet(root: Path, record: FileRecord) -> pq.ParquetFile:
+    """A data file, read whole, its length and digest checked against its record, its footer parsed.
+
+    Raises:
+        DamagedError: missing, truncated, changed, or claiming more values than a shard can have.
+    """
+    path = root / record.path
+    data = files.read(root, record.path, MAX_FILE_BYTES, REMEDY)
+    if len(data) != record.size_bytes:
+        finding = f"expected {record.size_bytes} bytes, found {len(data)}: cut off or replaced"
+        raise files.DamagedError(path, finding, REMEDY)
+    if files.digest(data) != record.digest:
+        finding = f"expected the digest {record.digest}, found {files.digest(data)}: damaged"
+        raise files.DamagedError(path, finding, REMEDY)
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise files.DamagedError(path, f"no Parquet file ({error})", REMEDY) from error
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    values = max((g.column(c).num_values for g in groups for c in range(g.num_columns)), default=0)
+    size = sum(g.total_byte_size for g in groups)
+    if values > MAX_VALUES or size > MAX_UNCOMPRESSED:
+        finding = f"claims {values} values and {size} bytes unpacked, more than a shard can have: refused"
+        raise files.DamagedError(path, finding, REMEDY)
+    return file
+
+
+def read_metadata(root: Path, record: FileRecord) -> pq.FileMetaData:
+    """The footer alone, unchecked: for statistics over many files."""
+    path = root / record.path
+    try:
+        return pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise files.DamagedError(path, f"its footer cannot be read ({error})", REMEDY) from error
+
+
+def read_columns(
+    root: Path,
+    file: pq.ParquetFile,
+    record: FileRecord,
+    columns: list[str],
+    timesteps: tuple[float, float] = (0.0, 1.0),
+) -> pa.Table:
+    """The columns; with a narrower timestep range only rows in it, and row groups without any are not decoded.
+
+    Raises:
+        DamagedError: a column or rows are missing, or a page does not decode.
+    """
+    path = root / record.path
+    missing = [c for c in columns if c not in file.schema_arrow.names]
+    if missing:
+        finding = f"expected the column {missing[0]}, found {', '.join(file.schema_arrow.names)}"
+        raise files.DamagedError(path, finding, REMEDY)
+    if file.metadata.num_rows != record.rows:
+        raise files.DamagedError(path, f"expected {record.rows} rows, found {file.metadata.num_rows}", REMEDY)
+    try:
+        if timesteps == (0.0, 1.0):
+            return file.read(columns)
+        groups = [i for i in range(file.num_row_groups) if _may_hold(file.metadata.row_group(i), timesteps)]
+        table = file.read_row_groups(groups, columns)
+        low, high = (pa.scalar(t, pa.float64()) for t in timesteps)
+        t = table["timestep"].cast(pa.float64())
+        return table.filter(pc.and_(pc.greater_equal(t, low), pc.less_equal(t, high)))
+    except (pa.ArrowException, OSError) as error:
+        raise files.DamagedError(path, f"cannot be decoded ({error})", REMEDY) from error
+
+
+def _may_hold(group: pq.RowGroupMetaData, timesteps: tuple[float, float]) -> bool:
+    """Whether the row group's statistics leave room for a timestep in the range."""
+    columns = [group.column(i) for i in range(group.num_columns)]
+    statistics = next(c.statistics for c in columns if c.path_in_schema == "timestep")
+    if statistics is None or not statistics.has_min_max:
+        return True
+    return bool(statistics.min <= timesteps[1] and statistics.max >= timesteps[0])

@@ -1,0 +1,210 @@
+"""`tidecache cache verify`: check all that a cache claims, from the bytes of its files up to the content digest.
+
+Everything that can be derived is derived again and compared: the manifest from the receipts, the receipts from the
+files, the content digest from the rows. Each problem is one line that says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from shared import noise
+from shared.cache import files, format
+from shared.cache.manifest import (
+    HELD_OUT_FOLDER,
+    MANIFEST_FILE,
+    SHARDS_FOLDER,
+    FileRecord,
+    Receipt,
+    read_receipt,
+)
+from shared.cache.parquet import footer_of, open_parquet
+from shared.cache.reader import Cache
+from shared.cache.records import Draw, StoredDocument
+from shared.cache.statistics import count_shard
+from shared.documents import Dropped
+from shared.errors import TidecacheError
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was checked, and the problems found; `paths` of the caches: the one asked for and its held-out part."""
+
+    paths: tuple[Path, ...]
+    files: int
+    size_bytes: int
+    draws: int
+    problems: tuple[str, ...]
+
+
+def verify(path: str | Path) -> Report:
+    """Check a cache and the held-out cache in it.
+
+    Raises:
+        TidecacheError: there is no manifest that can be read, so nothing can be checked.
+    """
+    root = Path(path)
+    caches = [Cache.open(root)]
+    if (root / HELD_OUT_FOLDER).is_dir():
+        caches.append(Cache.open(root / HELD_OUT_FOLDER))
+    problems = [problem for cache in caches for problem in _problems(cache)]
+    return Report(
+        paths=tuple(c.path for c in caches),
+        files=sum(len(_names(c)) for c in caches),
+        size_bytes=sum(c.manifest.totals.size_bytes for c in caches),
+        draws=sum(c.manifest.totals.draws for c in caches),
+        problems=tuple(problems),
+    )
+
+
+def _names(cache: Cache) -> set[str]:
+    """Every file that the cache consists of."""
+    names = {MANIFEST_FILE, cache.manifest.vocabulary.path}
+    for receipt in cache.shards:
+        names |= {receipt.path, receipt.documents.path, *(f.path for f in receipt.likelihoods)}
+    return names
+
+
+def _problems(cache: Cache) -> Iterator[str]:
+    """One line for each problem. A shard with a problem is not looked into further."""
+    try:
+        cache.vocabulary()
+    except TidecacheError as error:
+        yield f"{_finding(error)}; remove it and {MANIFEST_FILE} and run the capture again: it writes both anew"
+        return
+    for index, receipt in enumerate(cache.shards):
+        mend = f"remove {cache.path / receipt.path} and run the capture again: only this shard is done anew"
+        try:
+            if read_receipt(cache.path, receipt.path) != receipt:
+                raise TidecacheError(f"{cache.path / receipt.path}: the manifest says otherwise")
+            _check_shard(cache, index)
+        except TidecacheError as error:
+            yield f"{_finding(error)}; {mend}"
+    yield from _strangers(cache)
+
+
+def _finding(error: TidecacheError) -> str:
+    """What was found, without the advice to run `verify`."""
+    return error.finding if isinstance(error, files.DamagedError) else str(error)
+
+
+def _strangers(cache: Cache) -> Iterator[str]:
+    """Complete shards that the manifest does not know. Other files without a receipt are leftovers of a kill."""
+    known = _names(cache)
+    for path in sorted((cache.path / SHARDS_FOLDER).glob("*.json")):
+        name = f"{SHARDS_FOLDER}/{path.name}"
+        if name not in known and not path.name.startswith("."):
+            yield (
+                f"{path}: a complete shard that the manifest lacks, since a capture was killed or is at work now; run "
+                f"the capture again"
+            )
+
+
+def _check_shard(cache: Cache, index: int) -> None:
+    """Digests, schemas, counts, invariants of every row, and the content digest of one shard.
+
+    Raises:
+        TidecacheError: the first thing that is wrong.
+    """
+    receipt = cache.shards[index]
+    where = cache.path / receipt.likelihoods[0].path
+    shard = cache.read_shard(index)
+    footer = _check_footers(cache, receipt)
+    digests = {d.key: format.document_digest(d) for d in shard.documents}
+    try:
+        for document in shard.documents:
+            _check_document(cache, receipt, document)
+        for draw in shard.draws:
+            _check_draw(cache, receipt, draw)
+        dropped = [(entry[0], Dropped(*entry[1:])) for entry in footer["dropped"]]
+        rows = [(d.stored, d.timestep, _masked(d)) for d in shard.draws]
+        counts = count_shard(shard.documents, dropped, rows)
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        raise TidecacheError(f"{where}: its rows do not fit each other ({error})") from error
+    expected = [(d.key, k) for d in shard.documents for k in range(receipt.range.first_draw, receipt.range.draw_stop)]
+    if [(d.document, d.draw) for d in shard.draws] != expected:
+        raise TidecacheError(f"{where}: expected each draw of its range for each document once, in document order")
+    if counts != receipt.counts:
+        raise TidecacheError(f"{where}: the counts of the receipt are not those of its rows")
+    content = format.sum_digests(
+        [
+            format.draw_digest(cache.spec, digests[d.document], d.draw, d.timestep, _masked(d), d.split, d.scores)
+            for d in shard.draws
+        ]
+    )
+    if content != receipt.content:
+        raise TidecacheError(f"{where}: the content digest of the receipt is not that of its rows")
+
+
+def _masked(draw: Draw) -> noise.BoolArray:
+    masked_C = np.zeros(len(draw.stored.chunks), dtype=np.bool_)
+    masked_C[draw.chunks] = True
+    return masked_C
+
+
+def _check_footers(cache: Cache, receipt: Receipt) -> dict[str, Any]:
+    """Spec and range in each file's footer; returns the documents file's footer."""
+    first: dict[str, Any] = {}
+    for record in (receipt.documents, *receipt.likelihoods):
+        footer = _footer(cache.path, record)
+        covered = [receipt.range.first_document, receipt.range.document_stop]
+        widened = footer.get("fingerprint") in cache.manifest.widened_from
+        if footer.get("documents") != covered or not (widened or footer.get("spec") == cache.spec.to_json()):
+            raise TidecacheError(f"{cache.path / record.path}: its footer names another spec or range than its receipt")
+        first = first or footer
+    return first
+
+
+def _footer(root: Path, record: FileRecord) -> dict[str, Any]:
+    try:
+        return footer_of(open_parquet(root, record).schema_arrow.metadata)
+    except (ValueError, pa.ArrowException) as error:
+        raise TidecacheError(f"{root / record.path}: its footer cannot be read ({error})") from error
+
+
+def _check_document(cache: Cache, receipt: Receipt, document: StoredDocument) -> None:
+    """A document's position, chunks and tokens; the teacher's tokens must spell the chunks they overlap."""
+    where = f"{cache.path / receipt.documents.path}: document {document.key}"
+    chunks, count_C = document.chunks, document.token_count_C
+    if not receipt.range.first_document <= document.position < receipt.range.document_stop:
+        raise TidecacheError(f"{where}: its position {document.position} is not in the shard's range")
+    if (count_C < 1).any() or count_C.sum() != len(document.token_ids_N) or (chunks.stop_C <= chunks.start_C).any():
+        raise TidecacheError(f"{where}: chunks without bytes or tokens")
+    first_N = np.cumsum(count_C) - count_C
+    for chunk, (start, count) in enumerate(zip(first_N.tolist(), count_C.tolist(), strict=True)):
+        spelled = cache.vocabulary().spell(document.token_ids_N[start : start + count].tolist())
+        gold = document.chunk_bytes(chunk)
+        if spelled not in (gold, b" " + gold):  # some tokenizers put a space before a text's first word
+            raise TidecacheError(f"{where}: the teacher's tokens of chunk {chunk} do not spell its bytes")
+
+
+def _check_draw(cache: Cache, receipt: Receipt, draw: Draw) -> None:
+    """A draw's timestep and split follow from the spec, and its likelihoods are likelihoods."""
+    spec = cache.spec
+    where = f"{cache.path / receipt.likelihoods[0].path}: draw {draw.draw} of document {draw.document}"
+    t = noise.timestep(spec.seed, draw.document, draw.draw, spec.epsilon)
+    split_C = noise.split_chunks(spec.seed, draw.document, draw.draw, spec.demo_ratio, len(draw.stored.chunks))
+    if draw.timestep != t or not np.array_equal(draw.split, split_C[draw.chunks]):
+        raise TidecacheError(f"{where}: timestep or split are not those of the spec's seed")
+    if spec.mask_law == "chunk":
+        masked_C = noise.mask_chunks(spec.seed, draw.document, draw.draw, t, len(draw.stored.chunks))
+        if not np.array_equal(draw.chunks, np.flatnonzero(masked_C)):
+            raise TidecacheError(f"{where}: the masked chunks are not those of the spec's seed")
+    tokens = int(draw.token_count_M.sum())
+    for context, scores in draw.scores.items():
+        logps = [scores.gold_logp_N]
+        if scores.topk_logp_MK is not None and scores.topk_ids is not None and scores.log_z_MT is not None:
+            logps += [scores.topk_logp_MK]
+            ids = scores.topk_ids
+            if len(ids) != spec.k * tokens or (len(ids) and not 0 <= ids.min() <= ids.max() < spec.teacher.vocabulary):
+                raise TidecacheError(f"{where}: candidates of {context} are not ids of the vocabulary, or too few")
+            if (np.diff(scores.topk_logp_MK, axis=1) > 0).any() or not np.isfinite(scores.log_z_MT).all():
+                raise TidecacheError(f"{where}: candidates of {context} are not in descending order")
+        if len(scores.gold_logp_N) != tokens or not all(np.isfinite(x).all() and (x <= 1e-3).all() for x in logps):
+            raise TidecacheError(f"{where}: log-likelihoods of {context} are not finite numbers up to 0, one per token")

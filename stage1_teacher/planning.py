@@ -1,0 +1,110 @@
+"""Which shards are still to be done: a corpus' stream against what the cache holds already (DESIGN §2, "extent"; §7).
+
+A capture asks for the first D draws of every document of a corpus. Some shards may be there: from a run that was
+interrupted, from a smaller corpus, from fewer draws, from another number of documents per shard. What is missing is found
+while the corpus streams by, never by holding it: the positions are cut at every edge of a complete shard, so that within a
+segment all documents have the same draws, and a segment's missing draws are one shard (or more, if there are gaps).
+
+The keys of the documents that stream by are compared with the digest that each complete shard keeps of its own: another
+corpus at the same positions is refused, for its documents would get draws of two corpora.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.cache.manifest import Receipt
+from shared.cache.records import ShardRange
+from shared.documents import RawDocument
+from shared.errors import TidecacheError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of documents, `first` being the position of the first, and the draws of them that are missing."""
+
+    first: int
+    documents: tuple[RawDocument, ...]
+    missing: tuple[tuple[int, int], ...]  # ranges [first draw, draw stop)
+    corpus_digest: str
+
+    @property
+    def shards(self) -> list[ShardRange]:
+        """One range per gap in the draws."""
+        return [ShardRange(self.first, self.first + len(self.documents), a, b) for a, b in self.missing]
+
+
+def segments(
+    corpus: Iterable[RawDocument], completed: Sequence[Receipt], draws: int, documents_per_shard: int, folder: Path
+) -> Iterator[Segment]:
+    """Cut the stream into segments, complete ones (nothing missing) included; at most one is in memory.
+
+    Raises:
+        TidecacheError: the corpus differs from the one that a complete shard was captured from.
+    """
+    stream = iter(corpus)
+    edges = sorted({edge for r in completed for edge in (r.range.first_document, r.range.document_stop)})
+    digests = RangeDigests(completed, folder)
+    first = 0
+    while True:
+        covering = [r.range for r in completed if r.range.first_document <= first < r.range.document_stop]
+        next_edge = bisect.bisect_right(edges, first)
+        stop = edges[next_edge] if next_edge < len(edges) else first + documents_per_shard
+        if not covering:
+            stop = min(stop, first + documents_per_shard)
+        documents = tuple(itertools.islice(stream, stop - first))
+        if not documents:
+            return
+        digests.add(first, documents)
+        missing = tuple(_gaps([(r.first_draw, r.draw_stop) for r in covering], draws))
+        yield Segment(first, documents, missing, corpus_digest(documents))
+        first += len(documents)
+
+
+def _gaps(ranges: Sequence[tuple[int, int]], stop: int) -> Iterator[tuple[int, int]]:
+    """The parts of [0, stop) that no range covers."""
+    first = 0
+    for a, b in sorted(ranges):
+        if first < min(a, stop):
+            yield first, min(a, stop)
+        first = max(first, b)
+    if first < stop:
+        yield first, stop
+
+
+def corpus_digest(documents: Iterable[RawDocument]) -> str:
+    """BLAKE2b-16 over the documents' keys in order: what a complete shard remembers of its corpus."""
+    return hashlib.blake2b("".join(d.key for d in documents).encode(), digest_size=16).hexdigest()
+
+
+class RangeDigests:
+    """Digests of the corpus over the document ranges of complete shards, built up while the documents stream by."""
+
+    def __init__(self, completed: Sequence[Receipt], folder: Path) -> None:
+        self._folder = folder
+        self._waiting = sorted(completed, key=lambda r: r.range.first_document, reverse=True)
+        self._open: list[tuple[Receipt, hashlib.blake2b]] = []
+
+    def add(self, first: int, documents: Sequence[RawDocument]) -> None:
+        """Take the documents from position `first` on; they lie within every range that they touch.
+
+        Raises:
+            TidecacheError: a range is complete and its digest is another.
+        """
+        stop = first + len(documents)
+        while self._waiting and self._waiting[-1].range.first_document <= first:
+            self._open.append((self._waiting.pop(), hashlib.blake2b(digest_size=16)))
+        keys = "".join(d.key for d in documents).encode()
+        for receipt, digest in self._open:
+            digest.update(keys)
+            if receipt.range.document_stop == stop and digest.hexdigest() != receipt.corpus:
+                raise TidecacheError(
+                    f"{self._folder}: the documents {receipt.range.first_document} to {stop - 1} of this corpus are not those that "
+                    f"the cache holds there: give the corpus that it was captured from (more documents may follow), or another --out"
+                )
+        self._open = [item for item in self._open if item[0].range.document_stop > stop]

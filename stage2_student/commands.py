@@ -1,0 +1,151 @@
+"""`tidecache student train` and `tidecache student evaluate`.
+
+Heavy imports happen inside the commands, so that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shared.errors import TidecacheError
+
+app = typer.Typer(no_args_is_help=True, help="Stage 2: train students from a cache, and measure them.")
+
+EMBEDDED = "tiny"
+DEFAULT_RECIPE = "reverse-calm-tidal"
+
+
+@app.callback()
+def student() -> None:
+    """Stage 2: train students from a cache, and measure them."""
+
+
+def embedded_or(name: str) -> str:
+    """`tiny` is the embedded base, unless there is a folder of that name; anything else stays as it is."""
+    return str(Path(__file__).resolve().parent / EMBEDDED) if name == EMBEDDED and not Path(name).is_dir() else name
+
+
+def newest_cache(home: Path | None = None) -> Path:
+    """The cache under TIDECACHE_HOME (default ./caches) whose manifest changed last.
+
+    Raises:
+        TidecacheError: there is none.
+    """
+    home = home or Path(os.environ.get("TIDECACHE_HOME") or "caches")
+    manifests = sorted(home.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    if not manifests:
+        raise TidecacheError(
+            f"{home}: no cache found there: capture one with `make cache`, or say where one is with --cache or "
+            "TIDECACHE_HOME"
+        )
+    return manifests[-1].parent
+
+
+@app.command()
+def train(
+    cache: Annotated[Path | None, typer.Option(help="Cache folder. Default: the newest under TIDECACHE_HOME.")] = None,
+    base: Annotated[str, typer.Option(help="Base model: a folder, a Hugging Face id, or tiny.")] = EMBEDDED,
+    recipe: Annotated[str, typer.Option(help="A named recipe, or a TOML file.")] = DEFAULT_RECIPE,
+    out: Annotated[Path | None, typer.Option(help="Checkpoint folder. Default: runs/RECIPE.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before step 1, after one batch's loss.")] = False,
+    report_to: Annotated[list[str] | None, typer.Option(help="wandb, tensorboard, trackio, …; repeatable.")] = None,
+    objective: Annotated[str | None, typer.Option(help="none, calm, reverse-calm, kl or reverse-kl.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Distillation temperature.")] = None,
+    distill_weight: Annotated[float | None, typer.Option(help="Weight of distillation beside cross-entropy.")] = None,
+    context: Annotated[str | None, typer.Option(help="compdemo or plain.")] = None,
+    tidal: Annotated[str | None, typer.Option(help="none, interpolate or weight.")] = None,
+    tidal_axis: Annotated[str | None, typer.Option(help="both, training or timestep.")] = None,
+    tidal_decay: Annotated[str | None, typer.Option(help="cosine or linear.")] = None,
+    lambda_init: Annotated[float | None, typer.Option(help="TIDAL's λ at the start.")] = None,
+    lambda_max: Annotated[float | None, typer.Option(help="TIDAL's λ at the end.")] = None,
+    timestep_weight: Annotated[str | None, typer.Option(help="uniform or midrange.")] = None,
+    ce_normalisation: Annotated[str | None, typer.Option(help="token, sequence or batch.")] = None,
+    fresh: Annotated[float | None, typer.Option(help="Share of rows with fresh masks, cross-entropy only.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens per attention block.")] = None,
+    min_timestep: Annotated[float | None, typer.Option(help="Leave out draws below.")] = None,
+    max_timestep: Annotated[float | None, typer.Option(help="Leave out draws above.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of the steps with a rising rate.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="cosine, linear or constant_with_warmup.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Clip gradients to this norm; 0: never.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows per process and micro-batch.")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Micro-batches per optimiser step.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the documents, where steps is 0.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; 0: from epochs.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or bf16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Order of rows, and fresh masks.")] = None,
+    logging_steps: Annotated[int | None, typer.Option(help="Steps between log lines.")] = None,
+    save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0: only the result.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Loader processes.")] = None,
+) -> None:
+    """Train a student from a cache.
+
+    Without options: the embedded base on the newest cache, Reverse CALM with TIDAL weighting.
+    """
+    given: dict[str, Any] = dict(locals())
+    from stage2_student.config import TrainConfig, base_defaults, load_recipe
+
+    overrides = {name: given[name] for name in TrainConfig.__dataclass_fields__ if given[name] is not None}
+    model = embedded_or(base)
+    config = load_recipe(recipe, overrides, base_defaults(model))
+    source = cache or newest_cache()
+    from stage2_student import run
+
+    target = out or Path("runs") / Path(recipe).name.removesuffix(".toml")
+    summary = run.train(
+        config, source, model, target, report_to=report_to or (), resume=resume, stop_before_training=dry_run
+    )
+    if not dry_run:
+        typer.echo(f"trained {summary['steps']} steps in {summary['seconds']:.0f} s; checkpoint: {target}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[list[str] | None, typer.Option(help="Student: a folder or a Hugging Face id; repeatable.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Cache folder. Default: the newest cache's held-out part.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens per block. Default: the model's own, or 32.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first documents.", min=1)] = None,
+    batch: Annotated[int, typer.Option(help="Rows per batch.", min=1)] = 16,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers there as JSON.")] = None,
+) -> None:
+    """Bits per byte, top-1 accuracy and calibration error of masked chunks by timestep, beside the teacher's."""
+    import torch
+    from rich.console import Console
+    from transformers.utils import logging as transformers_logging
+
+    from shared.cache import open_cache
+    from shared.cache.manifest import HELD_OUT_FOLDER
+    from stage2_student import evaluation
+    from stage2_student.model import load_student
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    source = cache or newest_cache() / HELD_OUT_FOLDER
+    opened = open_cache(source)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {}
+    for name in model or [EMBEDDED]:
+        student = load_student(embedded_or(name))
+        size = block_size or student.block_size or 32
+        found[name] = evaluation.evaluate(student, opened, size, limit, batch, device)
+    # The teacher saw another context than the students, so its rows stand last and apart.
+    found |= {f"teacher, {context}": e for context, e in evaluation.evaluate_teacher(opened, limit).items()}
+    Console().print(evaluation.table(found))
+    if json_file is not None:
+        described = {
+            "cache": str(source),
+            "fingerprint": opened.spec.fingerprint,
+            "bins": evaluation.bin_names(),
+            "rows": [{"name": name, **e.to_json()} for name, e in found.items()],
+        }
+        try:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            json_file.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise TidecacheError(f"{json_file}: cannot be written ({error.strerror}): choose another --json") from error

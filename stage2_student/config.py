@@ -1,0 +1,236 @@
+"""What a training run of stage 2 is told: one frozen dataclass, read from a small recipe file (DESIGN §2, §6).
+
+A recipe is a TOML file that a user copies and edits; the named ones lie in `recipes/`. Every field of `TrainConfig` can
+stand in a recipe and can be overridden by the command line; a field that does not exist is refused by name, since a
+misspelt one that is silently ignored costs a training run. The resolved configuration is saved with each checkpoint.
+`require` compares a configuration with a cache before anything is loaded, and says which command adds what is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from shared.errors import TidecacheError
+from shared.spec import CONTEXTS, CaptureSpec
+
+METADATA_FILE = "tidecache.json"  # beside a student's weights
+OBJECTIVES = ("none", "calm", "reverse-calm", "kl", "reverse-kl")
+EVENT_OBJECTIVES = ("kl", "reverse-kl")
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "objective": OBJECTIVES,
+    "context": CONTEXTS,
+    "tidal": ("none", "interpolate", "weight"),
+    "tidal_axis": ("both", "training", "timestep"),
+    "tidal_decay": ("cosine", "linear"),
+    "timestep_weight": ("uniform", "midrange"),
+    "ce_normalisation": ("token", "sequence", "batch"),
+    "scheduler": ("cosine", "linear", "constant_with_warmup"),
+    "precision": ("float32", "bf16"),
+}
+
+LOWEST: Mapping[str, int] = {
+    "batch": 1,
+    "accumulation": 1,
+    "block_size": 1,
+    "logging_steps": 1,
+    "save_steps": 0,
+    "steps": 0,
+    "workers": 0,
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """See the module. `batch` counts rows of one process and micro-batch; `steps` optimiser steps (0: from `epochs`);
+    `save_steps` 0 writes the result alone.
+
+    A row is one (document, draw); an epoch takes as many rows as there are documents. `warmup` is a share of all steps.
+    """
+
+    objective: str = "reverse-calm"
+    temperature: float = 1.0
+    distill_weight: float = 1.0
+    context: str = "compdemo"
+    tidal: str = "weight"
+    tidal_axis: str = "both"
+    tidal_decay: str = "cosine"
+    lambda_init: float = 0.1
+    lambda_max: float = 0.9
+    timestep_weight: str = "uniform"
+    ce_normalisation: str = "token"
+    fresh: float = 0.0
+    block_size: int = 32
+    min_timestep: float = 0.0
+    max_timestep: float = 1.0
+    learning_rate: float = 5e-5
+    warmup: float = 0.1
+    scheduler: str = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    batch: int = 8
+    accumulation: int = 1
+    epochs: float = 3.0
+    steps: int = 0
+    precision: str = "float32"
+    seed: int = 0
+    logging_steps: int = 1
+    save_steps: int = 500
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can mean."""
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                hint = _nearest(value, allowed)
+                raise TidecacheError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}{hint}")
+        for name, lowest in LOWEST.items():
+            value = getattr(self, name)
+            if value < lowest:
+                raise TidecacheError(f"{name}: expected a whole number of at least {lowest}, found {value}")
+        for name in ("fresh", "warmup", "lambda_init", "lambda_max", "min_timestep", "max_timestep"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise TidecacheError(f"{name}: expected a number from 0 to 1, found {getattr(self, name)}")
+        for name in ("temperature", "learning_rate"):
+            if not getattr(self, name) > 0.0:
+                raise TidecacheError(f"{name}: expected a number above 0, found {getattr(self, name)}")
+        if self.min_timestep >= self.max_timestep:
+            raise TidecacheError(
+                f"min_timestep: expected less than max_timestep, found {self.min_timestep} and {self.max_timestep}"
+            )
+        if self.steps == 0 and not self.epochs > 0.0:
+            raise TidecacheError(f"epochs: expected a number above 0 where steps is 0, found {self.epochs}")
+        if self.tidal == "interpolate" and self.objective == "reverse-kl":
+            raise TidecacheError(
+                "tidal: `interpolate` mixes the target of a forward objective, or of CALM in either direction; "
+                "with reverse-kl take `weight` or `none`"
+            )
+
+    @property
+    def uses_events(self) -> bool:
+        """Whether the objective compares teacher and student on candidates, and so needs the topk lane."""
+        return self.objective in EVENT_OBJECTIVES
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, one per field."""
+        return dataclasses.asdict(self)
+
+
+def _nearest(name: object, known: tuple[str, ...] | list[str]) -> str:
+    """` (did you mean x?)`, or nothing."""
+    close = difflib.get_close_matches(str(name), known, n=2)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def resolve(values: Mapping[str, Any], source: str) -> TrainConfig:
+    """A configuration from field values as TOML or the command line give them; `source` names them in errors.
+
+    Raises:
+        TidecacheError: an unknown field (with close matches), a value of another type, or one out of range.
+    """
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise TidecacheError(
+                f"{source}: unknown field {name!r}{_nearest(name, list(fields))}; the fields are {', '.join(fields)}"
+            )
+        kind = type(fields[name].default)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not kind:
+            raise TidecacheError(f"{source}: {name}: expected {kind.__name__}, found {value!r}")
+        checked[name] = value
+    return TrainConfig(**checked)
+
+
+def recipe_names() -> list[str]:
+    """The named recipes that come with the project, sorted."""
+    folder = resources.files("stage2_student") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def base_defaults(base: str | Path) -> Mapping[str, Any]:
+    """What a base says about itself under `defaults` in its `tidecache.json`: field values for where no recipe says more.
+
+    A base of 2M parameters learns at other rates than one of 600M, whatever the recipe. Most bases say nothing.
+
+    Raises:
+        TidecacheError: an unknown field or a value of another type.
+    """
+    path = Path(base) / METADATA_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        defaults = dict(found.get("defaults", {}))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise TidecacheError(f"{path}: expected a JSON object, found something else: {error}") from error
+    resolve(defaults, str(path))
+    return defaults
+
+
+def load_recipe(
+    name_or_path: str, overrides: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """Read a named recipe or a recipe file; `overrides` (by field name) go before it, `defaults` after it.
+
+    Raises:
+        TidecacheError: no such recipe, bad TOML, or what `resolve` refuses.
+    """
+    names = recipe_names()
+    if name_or_path in names:
+        source = f"recipe {name_or_path}"
+        text = (resources.files("stage2_student") / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
+    else:
+        path = Path(name_or_path)
+        source = f"recipe file {path}"
+        if not path.is_file():
+            raise TidecacheError(
+                f"recipe {name_or_path!r}: neither a named recipe{_nearest(name_or_path, names)} nor a file; "
+                f"the named ones are {', '.join(names)}"
+            )
+        text = path.read_text(encoding="utf-8")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise TidecacheError(f"{source}: not valid TOML: {error}") from error
+    resolve(values, source)  # alone, so that its own mistakes are not laid to the command line
+    if overrides:
+        source = f"{source} with the command line's options"
+    return resolve({**(defaults or {}), **values, **(overrides or {})}, source)
+
+
+def require(config: TrainConfig, spec: CaptureSpec, cache: str) -> None:
+    """Check that the cache called `cache` holds what the configuration asks for.
+
+    Raises:
+        TidecacheError: a context, lane or temperature is missing; the message says what to capture, or to choose.
+    """
+    if config.objective == "none":
+        return
+    if config.context not in spec.contexts:
+        raise TidecacheError(
+            f"context: the recipe asks for {config.context}, the cache {cache} holds {', '.join(spec.contexts)}: "
+            f"pass --context {spec.contexts[0]}, or capture one with `tidecache teacher capture --context both`"
+        )
+    if config.uses_events and "topk" not in spec.lanes:
+        raise TidecacheError(
+            f"objective: {config.objective} needs the topk lane, the cache {cache} holds {', '.join(spec.lanes)}: "
+            "pass --objective reverse-calm or calm, which need the gold lane alone, or capture one with "
+            "`tidecache teacher capture --lanes gold,topk`"
+        )
+    if config.uses_events and config.temperature not in spec.temperatures:
+        held = ", ".join(f"{t:g}" for t in spec.temperatures)
+        wanted = ",".join(f"{t:g}" for t in sorted({*spec.temperatures, config.temperature}))
+        raise TidecacheError(
+            f"temperature: {config.objective} at {config.temperature:g} needs the teacher's normaliser at that "
+            f"temperature, the cache {cache} holds {held}: pass --temperature with one of these, or capture one with "
+            f"`tidecache teacher capture --temperatures {wanted}`"
+        )

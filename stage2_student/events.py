@@ -1,0 +1,277 @@
+"""Candidates as the student can spell them, and the events on which teacher and student are compared (DESIGN §5).
+
+The topk lane holds fillings in the teacher's tokens. A filling becomes an event of the student if its bytes are valid
+UTF-8, hold no special token, and tokenise in place of the gold, in context, to exactly as many student tokens as the
+chunk has, with every other token left as it was. Retokenising the whole document for each candidate is exact and slow
+(`spell_in_document`). `Speller` encodes a small window instead: it starts and ends at a single space between two visible
+characters, where byte-level and SentencePiece tokenizers split whatever lies beyond, and it is used only if it
+reproduces the document's tokens with the gold in place; otherwise it grows, up to the whole document.
+
+Shape suffixes: Q scored own chunks of a row, E events of a row, P tokens of all events in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.documents import BoolArray, IntArray
+from shared.tokenization import IrreproducibleText, TextTokenizer
+
+if TYPE_CHECKING:
+    from shared.cache.records import Draw
+    from stage2_student.data import View
+
+Spelling = tuple[int, ...] | None
+_SPACE = 0x20
+
+
+@dataclass(frozen=True)
+class Events:
+    """The events of a row's scored chunks, but for *other*: chunk by chunk, the gold first.
+
+    Event e belongs to chunk `chunk_E[e]` of the row, has the student's ids `ids_P[start_E[e] : start_E[e] + n]` where n is
+    the chunk's number of student tokens, and the teacher gives it `log_mass_E` nats at the temperature asked for.
+    """
+
+    chunk_E: IntArray
+    start_E: IntArray
+    ids_P: IntArray
+    log_mass_E: npt.NDArray[np.float32]
+
+
+def spell_in_document(tokenizer: TextTokenizer, view: View, own: int, candidate: bytes) -> Spelling:
+    """The candidate's ids in place of own chunk `own`, by encoding the whole document again; None if it is no event."""
+    stored = view.stored
+    first = int(view.own_first_O[own])
+    message = int(stored.chunks.message_C[first])
+    content = stored.messages[message].content.encode()
+    start = int(stored.chunks.start_C[first])
+    stop = int(stored.chunks.stop_C[view.own_stop_O[own] - 1])
+    try:
+        text = (content[:start] + candidate + content[stop:]).decode()
+        candidate.decode()
+        messages = list(stored.messages)
+        messages[message] = dataclasses.replace(messages[message], content=text)
+        encoded = tokenizer.encode(tuple(messages), stored.chat, stored.cut)
+    except (UnicodeDecodeError, IrreproducibleText):
+        return None
+    a, b = int(view.own_token_first_O[own]), int(view.own_token_stop_O[own])
+    before, after = view.encoded.ids_L[:a].tolist(), view.encoded.ids_L[b:].tolist()
+    middle = _middle(encoded.ids_L.tolist(), before, after, b - a)
+    longer = len(candidate) - (stop - start)
+    edges_stay = (
+        middle is not None
+        and encoded.edges[a] == view.encoded.edges[a]
+        and encoded.edges[b] == view.encoded.edges[b] + longer
+    )
+    return middle if middle is not None and edges_stay and not tokenizer.special[list(middle)].any() else None
+
+
+def _middle(ids: list[int], before: list[int], after: list[int], count: int) -> Spelling:
+    """What stands between `before` and `after` in `ids`, if that is `count` tokens."""
+    stop = len(before) + count
+    if len(ids) != stop + len(after) or ids[: len(before)] != before or ids[stop:] != after:
+        return None
+    return tuple(ids[len(before) : stop])
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Tokens [first, stop) of a document around an own chunk, which reproduce it when encoded alone."""
+
+    prefix: bytes
+    suffix: bytes
+    before: list[int]
+    after: list[int]
+
+
+class Speller:
+    """Spells candidates in context through windows, with each document's answers kept in `View.spelled`."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def spell(self, view: View, wanted: Sequence[tuple[int, bytes]]) -> list[Spelling]:
+        """The ids of each (own chunk, candidate bytes); None for those that are no events."""
+        new = [key for key in dict.fromkeys(wanted) if key not in view.spelled]
+        decodable = []
+        for key in new:
+            try:
+                key[1].decode()
+                decodable.append(key)
+            except UnicodeDecodeError:
+                view.spelled[key] = None
+        windows = self._windows(view, sorted({own for own, _ in decodable}))
+        texts, keys = [], []
+        for own, candidate in decodable:
+            window = windows[own]
+            if window is None:
+                view.spelled[own, candidate] = spell_in_document(self.tokenizer, view, own, candidate)
+            else:
+                texts.append((window.prefix + candidate + window.suffix).decode())
+                keys.append((own, candidate))
+        special, token_bytes = self.tokenizer.special, self.tokenizer.token_bytes
+        for (own, candidate), ids in zip(keys, self.tokenizer.encode_text_batch(texts), strict=True):
+            window = windows[own]
+            assert window is not None
+            count = int(view.own_token_stop_O[own] - view.own_token_first_O[own])
+            middle = _middle(ids, window.before, window.after, count)
+            if middle is not None and any(special[token] for token in middle):
+                middle = None
+            elif middle is not None and b"".join([token_bytes[token] for token in middle]) != candidate:
+                # Changed by a normaliser, or a tokenizer whose tokens do not spell their bytes: rare, and not for windows.
+                middle = spell_in_document(self.tokenizer, view, own, candidate)
+            view.spelled[own, candidate] = middle
+        return [view.spelled[key] for key in wanted]
+
+    def _windows(self, view: View, owns: Sequence[int]) -> dict[int, _Window | None]:
+        """A window for each own chunk; None where only the whole document will do."""
+        edges = view.encoded.edges
+        safe = _safe_edges(view.rendering, edges)
+        safe_byte = edges[safe]
+        # A special token parts the text before anything else is done to it, so a window may start or end there.
+        stops = np.flatnonzero(self.tokenizer.special[view.encoded.ids_L])
+        found: dict[int, _Window | None] = dict.fromkeys(owns)
+        pending = list(owns)
+        # How many safe edges to go out (the end of the text and a special token are always one), and whether the first
+        # space is left to the tokenizer, as those that put one before every text need it.
+        for reach, implied_space in ((1, False), (1, True), (4, False), (4, True)):
+            spans, texts = [], []
+            for own in pending:
+                a, b = int(view.own_token_first_O[own]), int(view.own_token_stop_O[own])
+                special = int(np.searchsorted(stops, a))
+                low = int(stops[special - 1]) + 1 if special else 0
+                high = int(stops[special]) if special < len(stops) else len(edges) - 1
+                # Whatever makes an edge safe lies outside the chunk: on the left the space and the character after it,
+                # on the right the character before the space.
+                at = int(np.searchsorted(safe_byte, edges[a] - 2, side="right")) - reach
+                first = max(low, int(safe[at])) if at >= 0 else low
+                at = int(np.searchsorted(safe, b, side="right")) - 1 + reach
+                last = min(high, int(safe[at])) if at < len(safe) else high
+                begin = int(edges[first]) + (implied_space and view.rendering[edges[first]] == _SPACE)
+                spans.append((own, begin, first, a, b, last))
+                texts.append(_decoded(view.rendering[begin : edges[last]]))
+            pending = []
+            for (own, begin, first, a, b, last), ids in zip(
+                spans, self.tokenizer.encode_text_batch(texts), strict=True
+            ):
+                if ids != view.encoded.ids_L[first:last].tolist():
+                    pending.append(own)
+                    continue
+                found[own] = _Window(
+                    prefix=view.rendering[begin : edges[a]],
+                    suffix=view.rendering[edges[b] : edges[last]],
+                    before=view.encoded.ids_L[first:a].tolist(),
+                    after=view.encoded.ids_L[b:last].tolist(),
+                )
+        return found
+
+
+def _decoded(text: bytes) -> str:
+    """The text, or nothing where it starts or ends within a character (then no window reproduces it)."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return ""
+
+
+def _safe_edges(rendering: bytes, edges: IntArray) -> IntArray:
+    """Numbers of the tokens that start with a single space between two visible ASCII characters, ascending."""
+    text = np.frombuffer(rendering, np.uint8)
+    start = edges[:-1]
+    inside = (start > 0) & (start + 1 < len(text))
+    at = np.where(inside, start, 1)
+    if len(text) < 3:
+        return np.zeros(0, np.int64)
+
+    def visible(byte: npt.NDArray[np.uint8]) -> BoolArray:
+        return np.asarray((byte > _SPACE) & (byte < 0x7F))
+
+    return np.flatnonzero(inside & (text[at] == _SPACE) & visible(text[at - 1]) & visible(text[at + 1]))
+
+
+def chunk_events(
+    view: View,
+    draw: Draw,
+    context: str,
+    own_Q: IntArray,
+    masked_before: IntArray,
+    teacher_logp_Q: npt.NDArray[np.float32],
+    temperature: float,
+    temperature_column: int,
+    speller: Speller,
+) -> Events:
+    """The events of each scored own chunk of a draw, with the teacher's log masses at `temperature` (DESIGN §5).
+
+    `masked_before[c]` counts the draw's masked chunks before cache chunk c; `temperature_column` is the column of
+    `temperature` in `log_z_MT`. An own chunk of several cache chunks has the gold alone: the lane holds no fillings of
+    their union. Candidates with the same bytes are added up; those with the gold's bytes count as *other*.
+    """
+    scores = draw.scores[context]
+    assert scores.log_z_MT is not None
+    assert scores.topk_ids is not None
+    assert scores.topk_logp_MK is not None
+    stored = view.stored
+    count_M = stored.token_count_C[draw.chunks]
+    k = scores.topk_logp_MK.shape[1]
+    start_M = np.concatenate([[0], np.cumsum(k * count_M)])
+    first_Q, stop_Q = masked_before[view.own_first_O[own_Q]], masked_before[view.own_stop_O[own_Q]]
+    log_z_total = np.concatenate([[0.0], np.cumsum(scores.log_z_MT[:, temperature_column], dtype=np.float64)])
+    log_z_Q = log_z_total[stop_Q] - log_z_total[first_Q]
+    ids = scores.topk_ids.tolist()
+    special_P = draw.vocabulary.special_V[scores.topk_ids]
+    spell = draw.vocabulary.spell
+
+    wanted: list[tuple[int, bytes]] = []
+    mass: list[float] = []
+    chunk: list[int] = []
+    for q, (own, m, stop) in enumerate(zip(own_Q.tolist(), first_Q.tolist(), stop_Q.tolist(), strict=True)):
+        if stop - m != 1:
+            continue
+        a, b = int(view.own_token_first_O[own]), int(view.own_token_stop_O[own])
+        gold = view.rendering[view.encoded.edges[a] : view.encoded.edges[b]]
+        n, at = int(count_M[m]), int(start_M[m])
+        by_bytes: dict[bytes, float] = {}
+        for number, logp in enumerate(scores.topk_logp_MK[m].tolist()):
+            begin = at + number * n
+            if logp == -np.inf or special_P[begin : begin + n].any():
+                continue
+            spelling = spell(ids[begin : begin + n])
+            if spelling == gold:
+                continue
+            scaled = logp / temperature - log_z_Q[q]
+            by_bytes[spelling] = float(np.logaddexp(by_bytes[spelling], scaled)) if spelling in by_bytes else scaled
+        for spelling, scaled in by_bytes.items():
+            wanted.append((own, spelling))
+            mass.append(scaled)
+            chunk.append(q)
+
+    spelled = speller.spell(view, wanted)
+    gold_mass_Q = teacher_logp_Q.astype(np.float64) / temperature - log_z_Q
+    candidates: list[list[tuple[tuple[int, ...], float]]] = [[] for _ in own_Q]
+    for q, spelling_ids, scaled in zip(chunk, spelled, mass, strict=True):
+        if spelling_ids is not None:
+            candidates[q].append((spelling_ids, scaled))
+    chunk_E: list[int] = []
+    start_E: list[int] = []
+    ids_P: list[int] = []
+    log_mass_E: list[float] = []
+    for q, own in enumerate(own_Q.tolist()):
+        gold_ids = view.ids_L[view.own_token_first_O[own] : view.own_token_stop_O[own]].tolist()
+        for event_ids, log_mass in [(tuple(gold_ids), float(gold_mass_Q[q])), *candidates[q]]:
+            chunk_E.append(q)
+            start_E.append(len(ids_P))
+            ids_P.extend(event_ids)
+            log_mass_E.append(log_mass)
+    return Events(
+        np.array(chunk_E, np.int64),
+        np.array(start_E, np.int64),
+        np.array(ids_P, np.int64),
+        np.array(log_mass_E, np.float32),
+    )

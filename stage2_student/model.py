@@ -1,0 +1,208 @@
+"""Loading and saving students: any Hugging Face causal LM, its tokenizer, a mask token, and the block size (DESIGN §8).
+
+A checkpoint is a plain Hugging Face folder (config, safetensors, tokenizer) plus `tidecache.json`, which says with which
+block size, mask token, recipe and cache it was trained; other programs need not know it. A base without a mask token
+gets one, initialised with the mean of all embeddings.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from shared.errors import TidecacheError
+from shared.tokenization import TextTokenizer
+from stage2_student import attention
+from stage2_student.batch import Batch
+from stage2_student.config import METADATA_FILE, TrainConfig
+from stage2_student.head import Head
+from stage2_student.losses import BatchLosses, batch_losses
+
+MASK_TOKEN = "<|mask|>"
+
+
+@dataclass(frozen=True)
+class Student:
+    """A loaded student. `text` is its tokenizer before any mask token was added: what a cache declares."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    text: TextTokenizer
+    mask_id: int
+    pad_id: int
+    mask_added: bool
+    metadata: Mapping[str, Any]  # of `tidecache.json`, empty for a foreign base
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens per block that it was trained with; None if it does not say."""
+        size = self.metadata.get("block_size")
+        return size if isinstance(size, int) else None
+
+
+def load_student(path_or_id: str | Path, attention_implementation: str = "sdpa") -> Student:
+    """Load a base or a checkpoint in float32, ready for training.
+
+    Raises:
+        TidecacheError: nothing to load there, no safetensors, or an architecture that block diffusion cannot use.
+    """
+    text = TextTokenizer.load(path_or_id)
+    name = str(path_or_id)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, attn_implementation=attention_implementation, use_safetensors=True
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TidecacheError(
+            f"no student could be loaded from {name}: expected a folder or a Hugging Face model id with config.json and "
+            f"safetensors weights of a causal language model, found: {reason}"
+        ) from error
+    attention.check_attention(model)
+    mask_id, added = _mask_token(model, tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else text.end_id
+    rows = input_and_output(model)[0].num_embeddings
+    if max(mask_id, text.vocabulary - 1) >= rows:
+        raise TidecacheError(
+            f"{name}: the tokenizer has ids up to {max(mask_id, text.vocabulary - 1)}, the model embeddings for {rows}: "
+            "the two do not belong together"
+        )
+    return Student(
+        model=model,
+        tokenizer=tokenizer,
+        text=text,
+        mask_id=mask_id,
+        pad_id=mask_id if pad_id is None else pad_id,
+        mask_added=added,
+        metadata=load_metadata(Path(name)),
+    )
+
+
+def input_and_output(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
+    """The embedding and the head; where they are tied they share one weight.
+
+    Raises:
+        TidecacheError: the model has no linear head.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise TidecacheError(f"{type(model).__name__} has no linear head: take a causal LM, such as Qwen3ForCausalLM")
+    return embedding, head
+
+
+def _mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, bool]:
+    """(mask id, whether it was added). A new one gets the mean of all embeddings; spare rows of the model are used."""
+    if tokenizer.mask_token_id is not None:
+        return int(tokenizer.mask_token_id), False
+    before = len(tokenizer)
+    tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+    mask_id = tokenizer.convert_tokens_to_ids(MASK_TOKEN)
+    assert isinstance(mask_id, int)
+    if len(tokenizer) > input_and_output(model)[0].num_embeddings:
+        # Mean initialisation is done below, the same for spare rows and new ones.
+        level = logging.getLogger("transformers").level
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        logging.getLogger("transformers").setLevel(level)
+    with torch.no_grad():
+        for weight_VD in {id(module.weight): module.weight for module in input_and_output(model)}.values():
+            weight_VD[mask_id] = weight_VD[:before].mean(dim=0)
+    return mask_id, True
+
+
+def load_metadata(folder: Path) -> Mapping[str, Any]:
+    """The checkpoint folder's `tidecache.json`; empty where there is none.
+
+    Raises:
+        TidecacheError: it is not JSON.
+    """
+    path = folder / METADATA_FILE
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TidecacheError(f"{path}: expected JSON as `tidecache student train` writes it, found: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def save_student(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    config: TrainConfig,
+    cache: Mapping[str, str],
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint folder; `cache` names the cache it was trained from (fingerprint, content digest).
+
+    Raises:
+        TidecacheError: the disk is full or refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder, state_dict=None if state is None else dict(state))
+        tokenizer.save_pretrained(folder)
+        metadata = {
+            "format": 1,
+            "block_size": config.block_size,
+            "mask_token": tokenizer.mask_token,
+            "cache": dict(cache),
+            "config": config.to_json(),
+        }
+        (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise TidecacheError(
+            f"{folder}: the checkpoint cannot be written ({error.strerror or error}): free some space or choose another "
+            "--out; checkpoints written before are complete"
+        ) from error
+
+
+class TrainableStudent(nn.Module):
+    """A causal LM whose forward pass is one batch's losses.
+
+    Everything happens within one forward call, so that wrappers that watch it (DDP, FSDP) see all of it.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: TrainConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.train_config = config
+        head = Head.of(model)  # refuses a head that cannot be reproduced, before any training
+        self._after = (head.soft_cap, head.scale)
+
+    @property
+    def config(self) -> Any:
+        """The language model's configuration, where reporting integrations look for it."""
+        return self.model.config
+
+    def forward(self, batch: Batch, progress: float) -> BatchLosses:
+        """Losses of a batch; `progress` is the share of the optimiser steps done."""
+        hidden_ND = masked_hidden(self.model, batch, self.train_config.block_size)
+        return batch_losses(hidden_ND, self._head(), batch, self.train_config, progress)
+
+    def _head(self) -> Head:
+        """Made anew for each pass: wrappers may replace the parameters; what follows the product stays."""
+        linear = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return Head(linear.weight, getattr(linear, "bias", None), *self._after)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Passed on to the model."""
+        self.model.gradient_checkpointing_enable(**options)
+
+
+def masked_hidden(model: PreTrainedModel, batch: Batch, block_size: int) -> Tensor:
+    """hidden_ND at the batch's masked tokens."""
+    hidden_BLD = attention.noisy_hidden(model, batch.noisy_BL[:, None], batch.clean_BL, batch.length_B, block_size)[
+        :, 0
+    ]
+    return hidden_BLD[batch.sample_N, batch.column_N]

@@ -1,0 +1,279 @@
+"""One training run from start to end: what `tidecache student train` does once its options are read.
+
+Everything that can be wrong is found before the first step: the cache is checked against the recipe, the tokenizer against
+the cache, and a plan says what will happen (draws against epochs, coverage, TIDAL's effective weight, tokens).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import trainer_utils
+from transformers.utils import logging as transformers_logging
+
+from shared.cache import open_cache
+from shared.cache.reader import Cache
+from shared.errors import TidecacheError
+from stage2_student import tidal
+from stage2_student.batch import Collator
+from stage2_student.config import METADATA_FILE, TrainConfig, require
+from stage2_student.data import RowMaker
+from stage2_student.dataset import DrawIndex, TrainingRows
+from stage2_student.losses import Counts, total
+from stage2_student.model import Student, TrainableStudent, load_metadata, load_student
+from stage2_student.trainer import LOG_FILE, LogFile, ProgressBar, StudentTrainer, training_arguments
+
+COVERAGE_DRAWS = 64  # rows that the plan looks at for coverage and length
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, known before its first step. Shares are of 1; weights are means over the cache's timesteps."""
+
+    cache: str
+    fingerprint: str
+    contexts: tuple[str, ...]
+    lanes: tuple[str, ...]
+    tokenizer: str  # "declared" or "undeclared"
+    documents: int
+    draws: int
+    rows: int
+    steps: int
+    epochs: float
+    uses_per_draw: float
+    coverage: float
+    tidal_weight_first: float
+    tidal_weight_last: float
+    tokens: int
+
+    def table(self, config: TrainConfig) -> Table:
+        """For people."""
+        table = Table(title="Before step 1", show_header=False, title_justify="left")
+        distills = config.objective != "none"
+        reuse = f"{self.draws / self.documents:.3g} per document, each used {self.uses_per_draw:.3g} times on average"
+        objective = f"{config.objective}, T = {config.temperature:g}, context {config.context}"
+        rows: list[tuple[str, str]] = [
+            ("cache", self.cache),
+            ("fingerprint", self.fingerprint),
+            ("contexts, lanes", f"{', '.join(self.contexts)}; {', '.join(self.lanes)}"),
+            ("objective", objective if distills else "cross-entropy only"),
+            (
+                "student tokenizer",
+                f"{self.tokenizer}: {self.coverage:.1%} of the masked chunks carry a teacher's score",
+            ),
+            ("documents", f"{self.documents:,}"),
+            ("draws", reuse),
+            ("fresh rows", f"{config.fresh:.0%} of each batch, cross-entropy only"),
+            ("rows", f"{self.rows:,} in {self.steps:,} steps ({self.epochs:.3g} epochs)"),
+            ("tokens", f"about {self.tokens:,}"),
+        ]
+        if distills and config.tidal != "none":
+            what = "target share λ" if config.tidal == "interpolate" else "loss weight"
+            values = f"{self.tidal_weight_first:.3f} → {self.tidal_weight_last:.3f}"
+            rows.append((f"TIDAL, {config.tidal}", f"mean {what} over timesteps {values}"))
+        for name, value in rows:
+            table.add_row(name, value)
+        return table
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that only needs to be started."""
+
+    cache: Cache
+    student: Student
+    rows: TrainingRows
+    plan: Plan
+
+
+def prepare(config: TrainConfig, cache_path: Path, base: str | Path, ranks: int = 1) -> Prepared:
+    """Open everything and make the plan; `ranks` processes share each step.
+
+    Raises:
+        TidecacheError: the cache lacks what the recipe needs, or base or cache cannot be read.
+    """
+    cache = open_cache(cache_path)
+    require(config, cache.spec, str(cache.path))
+    student = load_student(base)
+    index = DrawIndex.of(cache, config.min_timestep, config.max_timestep)
+    batch_rows = config.batch * config.accumulation * ranks
+    steps = config.steps or max(1, math.ceil(config.epochs * index.documents / batch_rows))
+    distills = config.objective != "none"
+    maker = RowMaker(
+        student.text,
+        cache.spec,
+        config.block_size,
+        config.context if distills else None,
+        temperature=config.temperature if config.uses_events else None,
+        seed=config.seed,
+        timesteps=(config.min_timestep, config.max_timestep),
+    )
+    rows = TrainingRows(cache, index, maker, config.seed, config.fresh, steps * batch_rows)
+    declared = student.text.digest in {s.tokenizer for s in cache.spec.students}
+    plan = _plan(config, cache, index, rows, steps, "declared" if declared else "undeclared")
+    return Prepared(cache, student, rows, plan)
+
+
+def _plan(config: TrainConfig, cache: Cache, index: DrawIndex, rows: TrainingRows, steps: int, tokenizer: str) -> Plan:
+    looked_at = [rows[number] for number in range(min(COVERAGE_DRAWS, len(rows)))]
+    masked = sum(row.coverage.masked for row in looked_at)
+    coverage = sum(row.coverage.usable for row in looked_at) / masked if masked else 1.0
+    if coverage == 0.0 and config.objective != "none":
+        raise TidecacheError(
+            f"{cache.path}: the student's tokenizer shares no chunk with this cache in {len(looked_at)} rows, so nothing "
+            "would be distilled: capture a cache that declares it with `tidecache teacher capture --students`"
+        )
+    mean_length = sum(len(row.ids_L) for row in looked_at) / len(looked_at)
+    timestep_R = torch.from_numpy(index.timestep_R)
+    schedule = (config.lambda_init, config.lambda_max, config.tidal_decay)
+
+    def weight(progress: float) -> float:
+        if config.tidal == "none":
+            return 1.0
+        if config.tidal == "interpolate":
+            return float(tidal.strength(progress, timestep_R, config.tidal_axis, *schedule).mean())
+        weights_R = tidal.sample_weight(progress, timestep_R, config.tidal_axis, config.timestep_weight, *schedule)
+        return float(weights_R.mean())
+
+    return Plan(
+        cache=str(cache.path),
+        fingerprint=cache.spec.fingerprint,
+        contexts=cache.spec.contexts,
+        lanes=cache.spec.lanes,
+        tokenizer=tokenizer,
+        documents=index.documents,
+        draws=index.draws,
+        rows=len(rows),
+        steps=steps,
+        epochs=len(rows) / index.documents,
+        uses_per_draw=len(rows) * (1.0 - config.fresh) / index.draws,
+        coverage=coverage,
+        tidal_weight_first=weight(0.0),
+        tidal_weight_last=weight(1.0),
+        tokens=round(mean_length * len(rows)),
+    )
+
+
+def dry_run(config: TrainConfig, prepared: Prepared, console: Console) -> float:
+    """The loss of the first batch, without training; returns it in nats."""
+    student = prepared.student
+    rows = [prepared.rows[number] for number in range(min(config.batch, len(prepared.rows)))]
+    batch = Collator(student.mask_id, student.pad_id)(rows)
+    with torch.no_grad():
+        losses = TrainableStudent(student.model, config)(batch, 0.0)
+    counts = Counts.of([batch], config)
+    loss = float(total(losses, counts, config))
+    console.print(
+        f"first batch: loss {loss:.4f} (cross-entropy {float(losses.ce.over()):.4f}, distillation "
+        f"{float(losses.distill.over()):.4f}; {len(batch)} rows, {len(batch.target_N)} masked tokens, {len(batch.sample_C)} "
+        "scored chunks); nothing was trained or written"
+    )
+    return loss
+
+
+def train(
+    config: TrainConfig,
+    cache_path: Path,
+    base: str | Path,
+    out: Path,
+    *,
+    report_to: Sequence[str] = (),
+    resume: bool = False,
+    stop_before_training: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train a student; `out` becomes a plain checkpoint folder with `train_log.jsonl` beside it. Returns a summary.
+
+    Raises:
+        TidecacheError: whatever `prepare` refuses; an `out` that holds a run already; a loss that is not finite.
+    """
+    console = console or Console(stderr=True)
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if not stop_before_training:
+        _check_out(out, resume)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    prepared = prepare(config, cache_path, base, ranks)
+    plan = prepared.plan
+    if is_first:
+        console.print(plan.table(config))
+        trained_with = prepared.student.block_size
+        if trained_with is not None and trained_with != config.block_size:
+            console.print(
+                f"note: the base was trained with blocks of {trained_with} tokens, this run uses {config.block_size} "
+                f"(--block-size {trained_with} keeps its own)"
+            )
+        if prepared.student.mask_added:
+            console.print("note: the base had no mask token; one was added, with the mean of all embeddings")
+    if stop_before_training:
+        return {"loss": dry_run(config, prepared, console)}
+    identity = {"fingerprint": plan.fingerprint, "content": prepared.cache.manifest.content}
+    trainer = StudentTrainer(
+        prepared.student,
+        prepared.rows,
+        config,
+        training_arguments(config, out, plan.steps, report_to),
+        identity,
+        callbacks=[LogFile(out), ProgressBar(console)],
+    )
+    checkpoint = _last_checkpoint(out) if resume else None
+    if checkpoint is not None:
+        _check_resumable(config, Path(checkpoint))
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except OSError as error:
+        raise TidecacheError(
+            f"{out}: a checkpoint or log cannot be written ({error.strerror or error}): free some space and run the same "
+            "command with --resume"
+        ) from error
+    trainer.save_model(str(out))
+    seconds = float(result.metrics["train_runtime"])
+    return {"steps": plan.steps, "rows": plan.rows, "seconds": seconds, "loss": float(result.training_loss)}
+
+
+def _last_checkpoint(out: Path) -> str | None:
+    """The newest `checkpoint-N` folder in a run's folder."""
+    found: str | None = trainer_utils.get_last_checkpoint(str(out)) if out.is_dir() else None  # type: ignore[no-untyped-call]
+    return found
+
+
+def _check_resumable(config: TrainConfig, checkpoint: Path) -> None:
+    """A resumed run must be the same run; only how often it logs and saves, and its loader, may change."""
+    before = load_metadata(checkpoint).get("config", {})
+    free = {"logging_steps", "save_steps", "workers"}
+    now = config.to_json()
+    changed = [
+        f"{name}: {before.get(name)!r} there, {value!r} now"
+        for name, value in now.items()
+        if before.get(name) != value and name not in free
+    ]
+    if changed:
+        raise TidecacheError(
+            f"{checkpoint} was trained with another configuration ({'; '.join(changed)}): resume with the same options, or "
+            "choose another --out"
+        )
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    """A run may begin in a new or empty folder, and go on where there is a checkpoint."""
+    found = any((out / name).exists() for name in (LOG_FILE, METADATA_FILE, "config.json")) or bool(
+        _last_checkpoint(out)
+    )
+    if out.exists() and not out.is_dir():
+        raise TidecacheError(f"{out}: expected a folder for the checkpoint, found a file: choose another --out")
+    if found and not resume:
+        raise TidecacheError(f"{out} holds a run already: choose another --out, or pass --resume to go on with it")
+    if resume and _last_checkpoint(out) is None:
+        raise TidecacheError(
+            f"{out}: nothing to resume, no checkpoint was found there: run without --resume; --save-steps sets how often "
+            "checkpoints are written"
+        )
