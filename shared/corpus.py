@@ -1,7 +1,7 @@
 """Corpora: where documents come from, streamed, deduplicated by content and split (DESIGN §4, issue "One pipeline").
 
 `open_corpus` takes what people have: text files, JSON Lines (plain or zstd), JSON, Parquet, folders of these, a folder
-written by `datasets`' `save_to_disk`, the name of a Hugging Face dataset, or the named corpus `stdlib`. Rows become
+written by `datasets`' `save_to_disk`, the name of a Hugging Face dataset, or a named corpus: `stdlib`, `paper-mixture`. Rows become
 documents by their columns: `messages` is a chat; `prompt` with `response` is a chat of one turn; `text` is plain text.
 Of a chat the assistant's messages are trainable; of plain text, all. Nothing is held in memory but one batch of rows.
 Whatever is wrong with a row is raised with its file and line (or row number), for a wrong row means a wrong corpus.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared import stdlib_corpus
+from shared import mixture_corpus, stdlib_corpus
 from shared.documents import Message, RawDocument
 from shared.errors import TidecacheError
 from shared.noise import stream_key
@@ -167,6 +167,8 @@ def _documents(source: str, columns: Columns, split: str) -> Iterator[RawDocumen
     path = Path(source).expanduser()
     if source == "stdlib" and not path.exists():
         return _stdlib()
+    if source == mixture_corpus.NAME and not path.exists():
+        return map(columns.document, mixture_corpus.rows(split))
     if path.is_dir():
         saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
         rows = _saved_rows(path, split) if saved else _folder_rows(path, columns)

@@ -1,12 +1,13 @@
 """The capture driver: corpus → documents → draws → teacher → shards, resumable at any instant (DESIGN §1, §7).
 
-Three things run side by side, each one shard ahead of the next: one thread reads, tokenises and aligns the coming shard,
-the main thread runs the teacher on this one, and one thread finds fillings, encodes and writes the last one. At most
-three shards are in memory. An exception in either thread is raised here at the next shard; a shard is complete or absent,
-so whatever stops a capture, the same command goes on from the last complete shard.
+Three things run side by side, each one shard ahead of the next: one thread reads, tokenises and aligns the coming
+shard, the main thread runs the teacher on this one, and one thread finds fillings, encodes and writes the last one. At
+most three shards are in memory. An exception in either thread is raised here at the next shard; a shard is complete or
+absent, so whatever stops a capture, the same command goes on from the last complete shard.
 
 What a shard holds is decided by its documents and the spec alone: draws are counter-based, and teacher batches are made
-within one shard. The held-out slice of the corpus is a cache of its own with the same spec, in `held-out` beside the shards.
+within one shard. The held-out slice of the corpus is a cache of its own with the same spec, in `held-out` beside the
+shards.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from shared.errors import TidecacheError
 from shared.preparation import NO_BOUNDARY, Limits, Preparer
 from shared.spec import CaptureSpec
 from shared.tokenization import TextTokenizer
-from stage1_teacher.backends import Scores, ScoreRequest, Teacher
+from stage1_teacher.backends import OutOfDeviceMemoryError, Scores, ScoreRequest, Teacher
 from stage1_teacher.compdemo import PlannedDraw, Subject, plan_draw, records_of, requests_of, without_unpredictable
 from stage1_teacher.planning import Segment, segments
 
@@ -68,6 +69,9 @@ class Watcher(Protocol):
 
     def scored(self, positions: int) -> None:
         """So many more positions of that shard are scored."""
+
+    def narrowed(self, batch_tokens: int) -> None:
+        """The device ran out of memory; the shard is done again from its start with this smaller budget."""
 
     def written(self, receipt: Receipt) -> None:
         """A shard is complete."""
@@ -106,7 +110,8 @@ class Part:
     def to_json(self) -> dict[str, Any]:
         """The numbers, for --json: `totals` of the whole cache, `run` of this run."""
         totals = self.manifest.to_json()["totals"]
-        run = {name: getattr(self, name) for name in ("documents_seen", "shards_written", "chunks_scored", "tokens_scored")}
+        names = ("documents_seen", "shards_written", "chunks_scored", "tokens_scored")
+        run = {name: getattr(self, name) for name in names}
         return {"folder": str(self.folder), "content": self.manifest.content, "totals": totals, "run": run}
 
 
@@ -198,7 +203,8 @@ class Capture:
         writer = CacheWriter.open(folder, self._spec, self._vocabulary)
         part = Part(folder, writer.finish())
         todo = segments(
-            itertools.chain([first], stream), writer.completed, self._extent.draws, self._extent.documents_per_shard, folder
+            itertools.chain([first], stream), writer.completed, self._extent.draws, self._extent.documents_per_shard,
+            folder
         )
         try:
             self._shards(writer, self._jobs(todo, part), part)
@@ -253,25 +259,50 @@ class Capture:
                 chunks = sum(int(d.masked_C.sum()) for d in job.draws)
                 self._watcher.begun(job.shard.document_stop - job.shard.first_document, chunks, positions)
                 with self.timing.measure("teacher"):
-                    scores = self._teacher.score(job.requests, k, self._watcher.scored)
+                    scores, budget = self._score(job, k)
                 part.chunks_scored += chunks
                 part.tokens_scored += positions
                 if last is not None:
                     with self.timing.measure("writing"):
                         last.result()
-                last = writing.submit(self._write, writer, job, scores, part)
+                last = writing.submit(self._write, writer, job, scores, budget, part)
             if last is not None:
                 with self.timing.measure("writing"):
                     last.result()
 
-    def _write(self, writer: CacheWriter, job: Job, scores: Scores, part: Part) -> None:
+    def _score(self, job: Job, k: int) -> tuple[Scores, int]:
+        """The shard's scores and the batch budget that they were made with: halved until the device can do it."""
+        wanted = self._teacher.batch_tokens
+        longest = max((len(request.token_ids) for request in job.requests), default=0)
+        try:
+            while True:
+                done: list[int] = []
+
+                def heard(positions: int, done: list[int] = done) -> None:
+                    done.append(positions)
+                    self._watcher.scored(positions)
+
+                try:
+                    return self._teacher.score(job.requests, k, heard), self._teacher.batch_tokens
+                except OutOfDeviceMemoryError:
+                    if self._teacher.batch_tokens <= longest:
+                        raise
+                    self._watcher.scored(-sum(done))
+                    self._teacher.batch_tokens //= 2
+                    self._watcher.narrowed(self._teacher.batch_tokens)
+        finally:
+            # The next shard starts from the spec's budget again: what a shard is made with depends on nothing before
+            # it.
+            self._teacher.batch_tokens = wanted
+
+    def _write(self, writer: CacheWriter, job: Job, scores: Scores, budget: int, part: Part) -> None:
         receipt = writer.write_shard(
             job.shard,
             [(subject.position, subject.document) for subject in job.subjects],
             job.dropped,
             records_of(self._spec, job.draws, scores),
             job.corpus_digest,
-            self._teacher.batch_tokens,
+            budget,
         )
         part.shards_written += 1
         self._watcher.written(receipt)

@@ -19,7 +19,6 @@ import typer
 
 from shared.errors import TidecacheError
 from shared.spec import CaptureSpec, StudentTokenizerSpec, TeacherSpec
-from stage1_teacher.backends import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from shared.tokenization import TextTokenizer
@@ -40,8 +39,24 @@ def group() -> None:
     """Stage 1: run the teacher once and write its likelihoods to a cache."""
 
 
+def _take_spec(context: typer.Context, name: str | None) -> str | None:
+    """Let a named spec replace the defaults of the options; eager, so that it comes before they are filled in."""
+    if name is not None and not context.resilient_parsing:
+        from stage1_teacher.specs import read_spec
+
+        options = {p.name: p.default for p in context.command.params if p.name not in (None, "help", "spec")}
+        context.default_map = {**(context.default_map or {}), **read_spec(name, options)}
+    return name
+
+
 @app.command()
 def capture(
+    spec: Annotated[
+        str | None,
+        typer.Option(
+            callback=_take_spec, is_eager=True, help="paper-cross, paper-shared, or a TOML file: defaults for the rest."
+        ),
+    ] = None,
     teacher: Annotated[str, typer.Option(help="A preset, a TOML file, a model's folder, or a hub id.")] = "tiny",
     corpus: Annotated[
         str, typer.Option(help="Text, JSON Lines (.zst), JSON or Parquet; a folder; a dataset's name; or `stdlib`.")
@@ -68,14 +83,26 @@ def capture(
     lanes: Annotated[str, typer.Option(help="gold, or gold,topk.")] = "gold,topk",
     demo_ratio: Annotated[float, typer.Option(help="Share of masked chunks that CompDemo shows in pass 1.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Seed of timesteps, masks and splits.")] = 0,
-    layout: Annotated[str | None, typer.Option(help="Attention: full, block-causal, bd3lm. Default: preset's.")] = None,
-    block_size: Annotated[int | None, typer.Option(min=1, help="Block of the block layouts, in tokens.")] = None,
-    mask_id: Annotated[int | None, typer.Option(min=0, help="The mask token's id, if the tokenizer names none.")] = None,
-    logit_shift: Annotated[
-        bool | None, typer.Option("--logit-shift/--no-logit-shift", help="Logits for a position come from the row before.")
+    layout: Annotated[
+        str | None, typer.Option(help="Attention: full, block-causal, bd3lm, reordered. Default: preset's.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="The teacher's type: float32, bfloat16, float16.")] = "float32",
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens of one teacher batch.")] = BATCH_TOKENS,
+    block_size: Annotated[int | None, typer.Option(min=1, help="Block of the block layouts, in tokens.")] = None,
+    mask_id: Annotated[
+        int | None, typer.Option(min=0, help="The mask token's id, if the tokenizer names none.")
+    ] = None,
+    logit_shift: Annotated[
+        bool | None,
+        typer.Option("--logit-shift/--no-logit-shift", help="Logits for a position come from the row before."),
+    ] = None,
+    template: Annotated[
+        Path | None, typer.Option(help="A Jinja file that replaces the chat template of the teacher's tokenizer.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="The teacher's type: float32, bfloat16, float16. Default: preset's.")
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Padded tokens of one teacher batch. Default: preset's.")
+    ] = None,
     documents_per_shard: Annotated[int, typer.Option(min=1, help="Documents of one shard.")] = 64,
     text_column: Annotated[str | None, typer.Option(help="The corpus' column of plain text.")] = None,
     split: Annotated[str, typer.Option(help="The split of a dataset that has some.")] = "train",
@@ -88,40 +115,52 @@ def capture(
     """
     from rich.console import Console
 
+    from stage1_teacher.architectures.tokenizers import teacher_tokenizer as load_tokenizer
     from stage1_teacher.backends import load
     from stage1_teacher.capture import Capture, Extent
     from stage1_teacher.presets import find_preset, local_folder
     from stage1_teacher.progress import CaptureProgress, show_report
 
     console = Console()
-    preset = find_preset(teacher).with_flags(layout, block_size, mask_id, logit_shift)
+    preset = find_preset(teacher).with_flags(layout, block_size, mask_id, logit_shift, template)
     extent = Extent(corpus, draws, documents_per_shard, text_column, split, limit)
     extent.open()
     lengths = (length or preset.length or LENGTH, student_length or length or preset.length or LENGTH)
-    teacher_tokenizer = _tokenizer(local_folder(preset.checkpoint), preset.name)
+    teacher_tokenizer = load_tokenizer(local_folder(preset.checkpoint), preset.name, preset.template)
     student_tokenizers = [_student_tokenizer(s) for s in students or preset.students or [EMBEDDED_STUDENT]]
     draft = _draft(
         teacher_tokenizer, student_tokenizers, lengths,
         mask_law=mask_law, demo_ratio=demo_ratio, seed=seed, contexts=_context(context), lanes=_words(lanes), k=k,
-        temperatures=_numbers(temperatures), batch_tokens=batch_tokens, held_out=_held_out(held_out, corpus),
+        temperatures=_numbers(temperatures), batch_tokens=batch_tokens or preset.batch_tokens, held_out=_held_out(held_out, corpus),
     )  # fmt: skip
     loaded = load(
-        teacher, "transformers", layout, block_size, mask_id, logit_shift, draft.temperatures, dtype, batch_tokens
+        teacher,
+        "transformers",
+        layout,
+        block_size,
+        mask_id,
+        logit_shift,
+        draft.temperatures,
+        dtype or preset.dtype,
+        draft.batch_tokens,
     )
-    spec = dataclasses.replace(draft, teacher=_teacher_spec(loaded, teacher_tokenizer, draft.length_limit))
+    capture_spec = dataclasses.replace(draft, teacher=_teacher_spec(loaded, teacher_tokenizer, draft.length_limit))
     home = Path(os.environ.get("TIDECACHE_HOME") or "caches")
-    folder = out or home / f"{preset.name}-{spec.fingerprint[:12]}"
-    _show_plan(console, spec, extent, folder, preset)
+    folder = out or home / f"{preset.name}-{capture_spec.fingerprint[:12]}"
+    _show_plan(console, capture_spec, extent, folder, preset)
     stop = threading.Event()
     with CaptureProgress(console) as progress, ThreadPoolExecutor(1, "count") as counting:
-        counting.submit(_expect, progress, extent, spec, stop)
+        counting.submit(_expect, progress, extent, capture_spec, stop)
         try:
             report = Capture(
-                loaded, teacher_tokenizer, student_tokenizers, spec, extent, folder, progress
+                loaded, teacher_tokenizer, student_tokenizers, capture_spec, extent, folder, progress
             ).run()
         except KeyboardInterrupt:
             stop.set()
-            console.print(f"stopped; every complete shard is kept in {folder}: the same command goes on from there", highlight=False)
+            console.print(
+                f"stopped; every complete shard is kept in {folder}: the same command goes on from there",
+                highlight=False,
+            )
             raise typer.Exit(130) from None
         finally:
             stop.set()
@@ -176,12 +215,6 @@ def _teacher_spec(loaded: Teacher, tokenizer: TextTokenizer, length: int) -> Tea
     )
 
 
-def _tokenizer(folder: Path, name: str) -> TextTokenizer:
-    from shared.tokenization import TextTokenizer
-
-    return TextTokenizer.load(folder, name)
-
-
 def _student_tokenizer(source: str) -> TextTokenizer:
     from shared.tokenization import TextTokenizer
     from stage1_teacher.presets import PACKAGES
@@ -205,7 +238,9 @@ def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(word) for word in _words(text))
     except ValueError:
-        raise TidecacheError(f"--temperatures: expected numbers parted by commas, such as 1,2, found {text!r}") from None
+        raise TidecacheError(
+            f"--temperatures: expected numbers parted by commas, such as 1,2, found {text!r}"
+        ) from None
 
 
 def _held_out(text: str | None, corpus: str) -> str:
@@ -241,8 +276,14 @@ def _show_plan(console: Any, spec: CaptureSpec, extent: Extent, folder: Path, pr
             ("teacher", f"{t.architecture.split(':')[0]} from {preset.checkpoint}, {t.vocabulary:,} tokens, {t.dtype}"),
             ("attention", f"{layout}{shift}; mask id {t.mask_id}"),
             ("students", ", ".join(f"{s.name} (≤ {s.length_limit} tokens)" for s in spec.students)),
-            ("corpus", f"{extent.corpus}, {documents}; held out: {spec.held_out}; cut to {spec.length_limit} teacher tokens"),
-            ("draws", f"{extent.draws} per document in {', '.join(passes[c] for c in spec.contexts)}; masked by {spec.mask_law}"),
+            (
+                "corpus",
+                f"{extent.corpus}, {documents}; held out: {spec.held_out}; cut to {spec.length_limit} teacher tokens",
+            ),
+            (
+                "draws",
+                f"{extent.draws} per document in {', '.join(passes[c] for c in spec.contexts)}; masked by {spec.mask_law}",
+            ),
             ("lanes", f"{', '.join(spec.lanes)}; k = {spec.k}, T = {', '.join(f'{x:g}' for x in spec.temperatures)}"),
             ("spec", spec.fingerprint),
             ("out", str(folder)),
@@ -257,4 +298,6 @@ def _write_summary(path: Path | None, report: Report) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise TidecacheError(f"--json {path}: the cache is complete, but the summary cannot be written: {error.strerror}") from error
+        raise TidecacheError(
+            f"--json {path}: the cache is complete, but the summary cannot be written: {error.strerror}"
+        ) from error

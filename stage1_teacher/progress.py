@@ -1,8 +1,8 @@
 """What a person sees during a capture: what it will do, how far it is, and what became of it.
 
 In a terminal the progress is one live line with a bar: documents, chunks per second, bytes written, remaining time.
-Elsewhere (a log file, a batch system) it is a plain line every half minute. The remaining time counts only documents whose
-draws were missing: those that were there already are passed in no time.
+Elsewhere (a log file, a batch system) it is a plain line every half minute. The remaining time counts only documents
+whose draws were missing: those that were there already are passed in no time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class CaptureProgress:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Take it away."""
         self._bar.stop()
 
@@ -84,6 +86,13 @@ class CaptureProgress:
         with self._lock:
             self._share += positions / max(self._open[2], 1)
             self._show()
+
+    def narrowed(self, batch_tokens: int) -> None:
+        """See `Watcher`."""
+        self._console.print(
+            f"out of memory: this shard again with batches of {batch_tokens:,} tokens (its footer says so)",
+            highlight=False,
+        )
 
     def written(self, receipt: Receipt) -> None:
         """See `Watcher`."""

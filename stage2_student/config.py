@@ -159,7 +159,7 @@ def recipe_names() -> list[str]:
 
 
 def base_defaults(base: str | Path) -> Mapping[str, Any]:
-    """What a base says about itself under `defaults` in its `tidecache.json`: field values for where no recipe says more.
+    """What a base says under `defaults` in its `tidecache.json`: field values for where no recipe says more.
 
     A base of 2M parameters learns at other rates than one of 600M, whatever the recipe. Most bases say nothing.
 

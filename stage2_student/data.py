@@ -1,13 +1,13 @@
-"""The student's view of a cache: stored documents in its own tokens, draws as rows of a batch, and their order (DESIGN §4).
+"""The student's view of a cache: stored documents in its own tokens, and draws as rows of a batch (DESIGN §4).
 
 Everything is derived from the stored text with the student's tokenizer alone; the teacher's tokens play no part except
 as byte boundaries of the chunks. One rule serves declared and undeclared student tokenizers: a student token that
 overlaps masked bytes is masked, and the student's *own chunks*, between boundaries common to the cache's chunks and its
-own tokens, carry the teacher's score if they are unions of whole cache chunks that are all masked and were scored in the
-same pass. For a declared tokenizer its own chunks are the cache's; for another, what is lost is counted (`Coverage`).
+own tokens, carry the teacher's score if they are unions of whole cache chunks, all masked and scored in the same pass.
+For a declared tokenizer its own chunks are the cache's; for another, what is lost is counted (`Coverage`).
 
-Shape suffixes: L tokens of one row, C cache chunks of one document, O own chunks of one document, Q own chunks of one row
-that carry a score, M masked cache chunks of one draw.
+Shape suffixes: L tokens of one row, C cache chunks and O own chunks of one document, Q own chunks of one row that carry
+a score, M masked cache chunks of one draw.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def view_document(tokenizer: TextTokenizer, stored: StoredDocument, block_size: 
 
 
 def _rendering(tokenizer: TextTokenizer, encoded: Encoded, stored: StoredDocument) -> bytes:
-    """The bytes that the tokens cover: contents as they are, the template's from its tokens (without implied spaces)."""
+    """The bytes that the tokens cover: contents as they are, the template's from its tokens, no implied spaces."""
     text = bytearray(b" " * int(encoded.edges[-1]))
     for token, start, stop in zip(
         encoded.ids_L.tolist(), encoded.edges[:-1].tolist(), encoded.edges[1:].tolist(), strict=True
@@ -215,7 +215,7 @@ class RowMaker:
         return view
 
     def cached_row(self, draw: Draw) -> Row:
-        """A stored draw: its masks, and for each usable own chunk what the teacher thinks of it (0 with context None)."""
+        """A stored draw: its masks, and for each usable own chunk the teacher's score (0 with context None)."""
         stored = draw.stored
         view = self.view(stored)
         if view is None:
@@ -238,7 +238,7 @@ class RowMaker:
         if self.context is None:
             teacher_logp_Q = np.zeros(len(own_Q), np.float32)
         else:
-            # Masked chunks of an own chunk are consecutive: own chunk o covers masked chunks [before[first], before[stop]).
+            # An own chunk's cache chunks are all masked here, so they are consecutive among the masked ones.
             first_Q, stop_Q = masked_before[view.own_first_O[own_Q]], masked_before[view.own_stop_O[own_Q]]
             teacher_logp_Q = _sums(draw.gold_logp_of(self.context), first_Q, stop_Q)
         events = None

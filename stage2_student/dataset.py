@@ -1,10 +1,10 @@
-"""The rows of a training run, in their order: a pure function of the cache, the configuration and the row's number (DESIGN §8).
+"""The rows of a training run in their order, each a pure function of cache, configuration and row number (DESIGN §8).
 
 An epoch takes each document once, with the next of its draws in an order of its own, so that every stored draw is used
-once before any is used twice. Shards are shuffled, a window of them is read, and the window's rows are shuffled together:
-memory holds one window per stream, whatever the cache's size. A share `fresh` of the rows, spread evenly, is drawn
-here with masks of its own, in a second stream over the same documents. Since row n needs nothing but n, a run resumes at
-the exact row, any number of loader workers or ranks sees the same rows, and a longer run begins with the shorter one's.
+once before any is used twice. Shards are shuffled, a window of them is read, and its rows are shuffled together: memory
+holds one window per stream, whatever the cache's size. A share `fresh` of the rows, spread evenly, is drawn here with
+masks of its own, in a second stream over the same documents. Since row n needs nothing but n, a run resumes at the
+exact row, any number of loader workers or ranks sees the same rows, and a longer run begins with the shorter one's.
 
 Shape suffixes: R stored draws in the timestep range, D documents that have any, S shards.
 """
@@ -58,8 +58,9 @@ class DrawIndex:
         inside = np.flatnonzero((timestep >= min_timestep) & (timestep <= max_timestep))
         if not len(inside):
             raise TidecacheError(
-                f"{cache.path}: none of its {len(timestep)} draws has a timestep from {min_timestep:g} to {max_timestep:g}: "
-                "widen --min-timestep and --max-timestep, or capture more draws with `tidecache teacher capture --draws`"
+                f"{cache.path}: none of its {len(timestep)} draws has a timestep from {min_timestep:g} to "
+                f"{max_timestep:g}: widen --min-timestep and --max-timestep, or capture more with `tidecache teacher "
+                "capture --draws`"
             )
         encoded = joined["document"].combine_chunks().dictionary_encode()
         names, code = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
@@ -94,13 +95,14 @@ def _draw_columns(cache: Cache, number: int) -> pa.Table:
         return pq.read_table(path, columns=["document", "position", "draw", "timestep"])
     except (pa.ArrowException, OSError) as error:
         raise TidecacheError(
-            f"{path}: cannot be read ({error}): `tidecache cache verify` lists all that is damaged and says how to mend it"
+            f"{path}: cannot be read ({error}): `tidecache cache verify` lists all that is damaged and says how to "
+            "mend it"
         ) from error
 
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """One epoch of one stream: the draw of each document, in the order of use. `window_D`: which window a place is in."""
+    """One epoch of one stream: the draw of each document, in the order of use. `window_D`: the window of each place."""
 
     row_D: IntArray
     window_D: IntArray

@@ -51,7 +51,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's quality by timestep (`bins`) and over all. `unusable`: documents whose bytes its tokenizer cannot spell."""
+    """One model's quality by timestep (`bins`) and over all. `unusable`: documents that it cannot spell."""
 
     bins: tuple[Quality, ...]
     overall: Quality
@@ -71,7 +71,7 @@ class Evaluation:
 
 
 class _Chunks:
-    """Collects, per masked chunk: timestep, bytes, log-likelihood of the gold, confidence, and whether top-1 is right."""
+    """Collects, per masked chunk: timestep, bytes, log-likelihood of the gold, confidence, whether top-1 is right."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[Column, ...]] = []

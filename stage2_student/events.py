@@ -3,9 +3,9 @@
 The topk lane holds fillings in the teacher's tokens. A filling becomes an event of the student if its bytes are valid
 UTF-8, hold no special token, and tokenise in place of the gold, in context, to exactly as many student tokens as the
 chunk has, with every other token left as it was. Retokenising the whole document for each candidate is exact and slow
-(`spell_in_document`). `Speller` encodes a small window instead: it starts and ends at a single space between two visible
-characters, where byte-level and SentencePiece tokenizers split whatever lies beyond, and it is used only if it
-reproduces the document's tokens with the gold in place; otherwise it grows, up to the whole document.
+(`spell_in_document`). `Speller` encodes a small window instead, from one single space between two visible characters to
+another: there byte-level and SentencePiece tokenizers split whatever lies beyond. A window counts only if it reproduces
+the document's tokens with the gold in place; otherwise it grows, up to the whole document.
 
 Shape suffixes: Q scored own chunks of a row, E events of a row, P tokens of all events in order.
 """
@@ -35,8 +35,8 @@ _SPACE = 0x20
 class Events:
     """The events of a row's scored chunks, but for *other*: chunk by chunk, the gold first.
 
-    Event e belongs to chunk `chunk_E[e]` of the row, has the student's ids `ids_P[start_E[e] : start_E[e] + n]` where n is
-    the chunk's number of student tokens, and the teacher gives it `log_mass_E` nats at the temperature asked for.
+    Event e belongs to chunk `chunk_E[e]` of the row and has the student's ids `ids_P[start_E[e] : start_E[e] + n]`, n
+    being the chunk's number of student tokens; the teacher gives it `log_mass_E` nats at the temperature asked for.
     """
 
     chunk_E: IntArray
@@ -125,7 +125,7 @@ class Speller:
             if middle is not None and any(special[token] for token in middle):
                 middle = None
             elif middle is not None and b"".join([token_bytes[token] for token in middle]) != candidate:
-                # Changed by a normaliser, or a tokenizer whose tokens do not spell their bytes: rare, and not for windows.
+                # Changed by a normaliser, or by tokens that do not spell their bytes: rare, and not for windows.
                 middle = spell_in_document(self.tokenizer, view, own, candidate)
             view.spelled[own, candidate] = middle
         return [view.spelled[key] for key in wanted]

@@ -1,6 +1,6 @@
 """Loading and saving students: any Hugging Face causal LM, its tokenizer, a mask token, and the block size (DESIGN §8).
 
-A checkpoint is a plain Hugging Face folder (config, safetensors, tokenizer) plus `tidecache.json`, which says with which
+A checkpoint is a plain Hugging Face folder (config, safetensors, tokenizer) plus `tidecache.json`, which says with what
 block size, mask token, recipe and cache it was trained; other programs need not know it. A base without a mask token
 gets one, initialised with the mean of all embeddings.
 """
@@ -64,8 +64,8 @@ def load_student(path_or_id: str | Path, attention_implementation: str = "sdpa")
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TidecacheError(
-            f"no student could be loaded from {name}: expected a folder or a Hugging Face model id with config.json and "
-            f"safetensors weights of a causal language model, found: {reason}"
+            f"no student could be loaded from {name}: expected a folder or a Hugging Face model id with config.json "
+            f"and safetensors weights of a causal language model, found: {reason}"
         ) from error
     attention.check_attention(model)
     mask_id, added = _mask_token(model, tokenizer)
@@ -73,8 +73,8 @@ def load_student(path_or_id: str | Path, attention_implementation: str = "sdpa")
     rows = input_and_output(model)[0].num_embeddings
     if max(mask_id, text.vocabulary - 1) >= rows:
         raise TidecacheError(
-            f"{name}: the tokenizer has ids up to {max(mask_id, text.vocabulary - 1)}, the model embeddings for {rows}: "
-            "the two do not belong together"
+            f"{name}: the tokenizer has ids up to {max(mask_id, text.vocabulary - 1)}, the model embeddings for "
+            f"{rows}: the two do not belong together"
         )
     return Student(
         model=model,
@@ -162,8 +162,8 @@ def save_student(
         (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise TidecacheError(
-            f"{folder}: the checkpoint cannot be written ({error.strerror or error}): free some space or choose another "
-            "--out; checkpoints written before are complete"
+            f"{folder}: the checkpoint cannot be written ({error.strerror or error}): free some space or choose "
+            "another --out; checkpoints written before are complete"
         ) from error
 
 

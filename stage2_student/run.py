@@ -1,7 +1,7 @@
 """One training run from start to end: what `tidecache student train` does once its options are read.
 
-Everything that can be wrong is found before the first step: the cache is checked against the recipe, the tokenizer against
-the cache, and a plan says what will happen (draws against epochs, coverage, TIDAL's effective weight, tokens).
+What can be wrong is found before the first step: the cache is checked against the recipe, the tokenizer against the
+cache, and a plan says what will happen (draws against epochs, coverage, TIDAL's effective weight, tokens).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COVERAGE_DRAWS = 64  # rows that the plan looks at for coverage and length
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do, known before its first step. Shares are of 1; weights are means over the cache's timesteps."""
+    """What a run will do, known before its first step. Weights are means over the cache's timesteps."""
 
     cache: str
     fingerprint: str
@@ -128,8 +128,8 @@ def _plan(config: TrainConfig, cache: Cache, index: DrawIndex, rows: TrainingRow
     coverage = sum(row.coverage.usable for row in looked_at) / masked if masked else 1.0
     if coverage == 0.0 and config.objective != "none":
         raise TidecacheError(
-            f"{cache.path}: the student's tokenizer shares no chunk with this cache in {len(looked_at)} rows, so nothing "
-            "would be distilled: capture a cache that declares it with `tidecache teacher capture --students`"
+            f"{cache.path}: the student's tokenizer shares no chunk with this cache in {len(looked_at)} rows, so "
+            "nothing would be distilled: capture a cache that declares it with `tidecache teacher capture --students`"
         )
     mean_length = sum(len(row.ids_L) for row in looked_at) / len(looked_at)
     timestep_R = torch.from_numpy(index.timestep_R)
@@ -173,8 +173,8 @@ def dry_run(config: TrainConfig, prepared: Prepared, console: Console) -> float:
     loss = float(total(losses, counts, config))
     console.print(
         f"first batch: loss {loss:.4f} (cross-entropy {float(losses.ce.over()):.4f}, distillation "
-        f"{float(losses.distill.over()):.4f}; {len(batch)} rows, {len(batch.target_N)} masked tokens, {len(batch.sample_C)} "
-        "scored chunks); nothing was trained or written"
+        f"{float(losses.distill.over()):.4f}; {len(batch)} rows, {len(batch.target_N)} masked tokens, "
+        f"{len(batch.sample_C)} scored chunks); nothing was trained or written"
     )
     return loss
 
@@ -232,8 +232,8 @@ def train(
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except OSError as error:
         raise TidecacheError(
-            f"{out}: a checkpoint or log cannot be written ({error.strerror or error}): free some space and run the same "
-            "command with --resume"
+            f"{out}: a checkpoint or log cannot be written ({error.strerror or error}): free some space and run the "
+            "same command with --resume"
         ) from error
     trainer.save_model(str(out))
     seconds = float(result.metrics["train_runtime"])
@@ -258,8 +258,8 @@ def _check_resumable(config: TrainConfig, checkpoint: Path) -> None:
     ]
     if changed:
         raise TidecacheError(
-            f"{checkpoint} was trained with another configuration ({'; '.join(changed)}): resume with the same options, or "
-            "choose another --out"
+            f"{checkpoint} was trained with another configuration ({'; '.join(changed)}): resume with the same "
+            "options, or choose another --out"
         )
 
 
@@ -274,6 +274,6 @@ def _check_out(out: Path, resume: bool) -> None:
         raise TidecacheError(f"{out} holds a run already: choose another --out, or pass --resume to go on with it")
     if resume and _last_checkpoint(out) is None:
         raise TidecacheError(
-            f"{out}: nothing to resume, no checkpoint was found there: run without --resume; --save-steps sets how often "
-            "checkpoints are written"
+            f"{out}: nothing to resume, no checkpoint was found there: run without --resume; --save-steps sets how "
+            "often checkpoints are written"
         )

@@ -1,10 +1,10 @@
-"""Training with `transformers.Trainer`, so that accelerate, bf16, checkpoints, resume and reporting work as people know them.
+"""Training with `transformers.Trainer`: accelerate, bf16, checkpoints, resume and reporting work as people know them.
 
 What differs: a step's means run over all its rows, whatever the ranks and accumulation steps (DESIGN §6), so the counts
-are taken from all micro-batches of a step before the first of them is run; rows come in the order of their numbers; a loss
-that is not finite stops the run and names the documents; the parts of the loss are logged. Checkpoints are plain Hugging
-Face folders with safetensors. Optimiser and random states, which only resuming reads, are Trainer's own files; it loads
-them with `weights_only=True`, which unpickles no code.
+are taken from all micro-batches of a step before the first of them is run; rows come in the order of their numbers; a
+loss that is not finite stops the run and names the documents; the parts of the loss are logged. Checkpoints are plain
+Hugging Face folders with safetensors. Optimiser and random states, read only to resume, are Trainer's own files; it
+loads them with `weights_only=True`, which unpickles no code.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ class StudentTrainer(Trainer):
         if not bool(torch.isfinite(loss)):
             raise TidecacheError(
                 f"the loss of step {self.state.global_step + 1} is {loss.item()}: training stops; its documents are "
-                f"{', '.join(dict.fromkeys(inputs.documents))}; lower --learning-rate, or look for likelihoods out of range "
-                "with `tidecache cache verify`; checkpoints written before are complete"
+                f"{', '.join(dict.fromkeys(inputs.documents))}; lower --learning-rate, or look for likelihoods out of "
+                "range with `tidecache cache verify`; checkpoints written before are complete"
             )
         self._record(inputs, losses, counts)
         loss = loss * self.args.world_size
@@ -159,7 +159,7 @@ class StudentTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log line, with the parts of the loss where it is a training step's.
 
-        Per step: `ce`, `distill` (unscaled by distill_weight), `chunks`, `masked_tokens`, `rows`, `fresh_rows`. Per masked
+        Per step: `ce`, `distill` (without distill_weight), `chunks`, `masked_tokens`, `rows`, `fresh_rows`. Per masked
         token, nats: `nll`. Per scored chunk: `tidal_weight`, and gold log-likelihoods of student and teacher, nats.
         """
         if "loss" in logs and self._sums:

@@ -166,7 +166,14 @@ def _all_bins(inspection: Inspection) -> Iterator[dict[str, Any]]:
 
 def _plain_table(title: str, headings: list[str]) -> Table:
     """Numbers to the right, light rules, 80 columns."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column(headings[0], no_wrap=True)
     for heading in headings[1:]:
         table.add_column(heading, justify="right", no_wrap=True)

@@ -134,7 +134,7 @@ class Draw:
     vocabulary: TeacherVocabulary
 
     @cached_property
-    def token_count_M(self) -> IntArray:  # noqa: N802
+    def token_count_M(self) -> IntArray:
         """Teacher tokens of each masked chunk."""
         return self.stored.token_count_C[self.chunks]
 
@@ -171,10 +171,12 @@ class Draw:
             raise TidecacheError(
                 "the cache has no topk lane, so its draws have no candidates: capture with --lanes gold,topk"
             )
-        spell = self.vocabulary.spell
+        token_bytes = self.vocabulary.token_bytes
+        words = [token_bytes[i] for i in scores.topk_ids.tolist()]
         fillings, start = [], 0
         for count, logp_K in zip(self.token_count_M.tolist(), scores.topk_logp_MK.tolist(), strict=True):
-            ids_KN = scores.topk_ids[start : start + count * len(logp_K)].reshape(len(logp_K), count).tolist()
-            fillings.append([(spell(ids), logp) for ids, logp in zip(ids_KN, logp_K, strict=True)])
-            start += count * len(logp_K)
+            stop = start + count * len(logp_K)
+            spelled = [b"".join(words[i : i + count]) for i in range(start, stop, count)]
+            fillings.append(list(zip(spelled, logp_K, strict=True)))
+            start = stop
         return fillings

@@ -70,7 +70,7 @@ class ContextStatistics:
         return cls(**{f.name: np.array(data[f.name], dtype=np.float64) for f in fields(cls)})
 
     @property
-    def calibration_error_B(self) -> Array:  # noqa: N802
+    def calibration_error_B(self) -> Array:
         """Expected calibration error of the best filling by timestep bin; NaN where nothing was counted."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(np.abs(self.confidence_BE - self.hits_BE).sum(1) / self.confident_BE.sum(1))

@@ -132,6 +132,8 @@ def _check_shard(cache: Cache, index: int) -> None:
         raise TidecacheError(f"{where}: expected each draw of its range for each document once, in document order")
     if counts != receipt.counts:
         raise TidecacheError(f"{where}: the counts of the receipt are not those of its rows")
+    if footer.get("content") != format.sum_digests([int.from_bytes(d, "little") for d in digests.values()]):
+        raise TidecacheError(f"{cache.path / receipt.documents.path}: its content digest is not that of its rows")
     content = format.sum_digests(
         [
             format.draw_digest(cache.spec, digests[d.document], d.draw, d.timestep, _masked(d), d.split, d.scores)

@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 
     Ids = Sequence[int] | npt.NDArray[np.integer] | torch.Tensor
 
-BACKENDS = ("transformers",)
+BACKENDS = ("transformers", "vllm")
 BATCH_TOKENS = 4096  # the default budget of one batch, in padded tokens
+
+
+class OutOfDeviceMemoryError(TidecacheError):
+    """A batch did not fit on the device; with a smaller `batch_tokens` it may."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,13 @@ def load(
     temperatures: Sequence[float] = (1.0, 2.0),
     dtype: str = "float32",
     batch_tokens: int = BATCH_TOKENS,
+    tensor_parallel: int = 1,
 ) -> Teacher:
     """Load a teacher by preset, TOML file, folder or hub id.
 
     What is None comes from the preset, else from the checkpoint; else the layout is `full`, the block size 32, and
     there is no logit shift. `batch_tokens` bounds the padded tokens of one batch; batches are a pure function of it and
-    of the requests' lengths.
+    of the requests' lengths. `tensor_parallel` devices share one teacher (vllm only).
 
     Raises:
         TidecacheError: unknown preset, backend, layout or dtype; a checkpoint that is absent, incomplete, of an unknown
@@ -118,10 +123,17 @@ def load(
     if backend not in BACKENDS:
         raise TidecacheError(f"backend: expected {' or '.join(BACKENDS)}, found {backend!r}")
     preset = find_preset(path_or_preset).with_flags(layout, block_size, mask_id, logit_shift)
+    numbers = tuple(float(t) for t in temperatures)
+    if backend == "vllm":
+        from stage1_teacher.backends.vllm.client import load_vllm_teacher
+
+        return load_vllm_teacher(preset, numbers, dtype, batch_tokens, tensor_parallel)
+    if tensor_parallel != 1:
+        raise TidecacheError(f"tensor_parallel: {tensor_parallel} devices for one teacher need the backend vllm")
 
     from stage1_teacher.backends.transformers import load_transformers_teacher
 
-    return load_transformers_teacher(preset, tuple(float(t) for t in temperatures), dtype, batch_tokens)
+    return load_transformers_teacher(preset, numbers, dtype, batch_tokens)
 
 
-__all__ = ["BACKENDS", "BATCH_TOKENS", "ScoreRequest", "Scores", "Teacher", "load"]
+__all__ = ["BACKENDS", "BATCH_TOKENS", "OutOfDeviceMemoryError", "ScoreRequest", "Scores", "Teacher", "load"]

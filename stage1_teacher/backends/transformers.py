@@ -13,6 +13,7 @@ T temperatures, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from shared.errors import TidecacheError
 from stage1_teacher.architectures.loading import DTYPES, load_model
 from stage1_teacher.architectures.tokenizers import has_tokenizer, teacher_tokenizer
-from stage1_teacher.backends import ScoreRequest, Scores
+from stage1_teacher.backends import OutOfDeviceMemoryError, ScoreRequest, Scores
 from stage1_teacher.backends.requests import Arrays, checked
 from stage1_teacher.head import Head
 from stage1_teacher.layouts import Layout, find_layout
@@ -60,10 +61,37 @@ class TransformersTeacher:
         self.temperatures = temperatures
         self.batch_tokens = batch_tokens
         self._layout = find_layout(self.layout)
+        self._shift = int(self.logit_shift)
         self._decoder = getattr(model, model.base_model_prefix)
         self._rows = model.get_input_embeddings().weight.shape[0]
         self._head = head
+        self._model = model
         self._device = model.device
+
+    def varied(self, layout: str, shift: int, mask_id: int | None) -> TransformersTeacher:
+        """The same weights with other traits, for measuring which are right (`stage1_teacher.check`).
+
+        `shift`: logits for position i come from row i − shift; −1 is a trait that no capture can have.
+        """
+        other = copy.copy(self)
+        other.layout, other._layout, other.mask_id = layout, find_layout(layout), mask_id
+        other.logit_shift, other._shift = shift > 0, shift
+        return other
+
+    @torch.inference_mode()
+    def unknown_mass(self, requests: Sequence[ScoreRequest]) -> float:
+        """Mean probability that the whole head gives to rows beyond the tokenizer's tokens, at the scored positions."""
+        if self._model.get_output_embeddings().weight.shape[0] == self.vocabulary:
+            return 0.0
+        arrays = [checked(n, request, self, self._rows, self._layout.reads_clean) for n, request in enumerate(requests)]
+        whole = Head.of(self._model, None, str(self.folder))
+        parts = []
+        rows = [self._row(a) for a in arrays]
+        for members in plan_batches(rows, self.batch_tokens):
+            hidden_ND = run_rows(self._decoder, self._layout, self.block_size, [rows[m] for m in members], self._device)
+            for hidden in hidden_ND.split(64):
+                parts.append(whole.logits(hidden).softmax(-1)[:, self.vocabulary :].sum(-1))
+        return float(torch.cat(parts).mean())
 
     @cached_property
     def weights(self) -> str:
@@ -93,7 +121,14 @@ class TransformersTeacher:
         for members in plan_batches(rows, self.batch_tokens):
             chosen = asked[members]
             gold_N = torch.from_numpy(np.concatenate([arrays[r].gold_N for r in chosen])).to(self._device)
-            part = self._score_rows([rows[m] for m in members], gold_N, k)
+            try:
+                part = self._score_rows([rows[m] for m in members], gold_N, k)
+            except torch.OutOfMemoryError as error:
+                raise OutOfDeviceMemoryError(
+                    f"the teacher {self.name} ran out of memory on {self._device} with a batch of {self.batch_tokens} "
+                    f"tokens ({len(members)} sequences); give a smaller --batch-tokens, shorter sequences with --length, "
+                    f"or --dtype bfloat16"
+                ) from error
             target_N = torch.from_numpy(np.concatenate([np.arange(first_R[r], first_R[r + 1]) for r in chosen]))
             for name, value in vars(part).items():
                 getattr(scores, name)[target_N] = value
@@ -103,7 +138,7 @@ class TransformersTeacher:
 
     def _row(self, a: Arrays) -> Row:
         # Read from the row before where the teacher's logits are shifted.
-        read_N = a.position_N - int(self.logit_shift)
+        read_N = a.position_N - self._shift
         return reduce_row(self._layout, self.block_size, self.mask_id, a.token_L, a.clean_L, read_N)
 
     def _score_rows(self, rows: list[Row], gold_N: torch.Tensor, k: int) -> Scores:

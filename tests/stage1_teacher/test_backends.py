@@ -212,7 +212,7 @@ def test_missing_tensors_are_never_invented(tmp_path: Path) -> None:
 def test_what_cannot_be_loaded(tmp_path: Path, folder: Path) -> None:
     for path, words in (
         (tmp_path / "nowhere", "no such folder"),
-        ("mobi16b", "presets: tiny"),
+        ("mobi16b", "presets: .*tiny"),
     ):
         with pytest.raises(TidecacheError, match=words):
             load(path)

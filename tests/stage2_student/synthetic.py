@@ -1,4 +1,4 @@
-"""Small caches of real standard-library text with made-up scores, and a random tiny student, for the tests of stage 2."""
+"""Small caches of real library text with made-up scores, and a random tiny student, for the tests of stage 2."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def chats(count: int) -> list[RawDocument]:
 def spec_of(teacher: TextTokenizer, student: TextTokenizer, **changes: object) -> CaptureSpec:
     """A spec with both contexts and K candidates."""
     base = CaptureSpec(
-        teacher=TeacherSpec("synthetic", "Qwen3ForCausalLM", "0" * 32, teacher.digest, teacher.vocabulary, "full", 32, teacher.mask_id or 0, False),
+        teacher=TeacherSpec(
+            "synthetic", "Qwen3ForCausalLM", "0" * 32, teacher.digest, teacher.vocabulary, "full", 32,
+            teacher.mask_id or 0, False,
+        ),
         students=(StudentTokenizerSpec("tiny", student.digest, 512),),
         length_limit=512,
         contexts=("compdemo", "plain"),
@@ -59,7 +62,7 @@ def spec_of(teacher: TextTokenizer, student: TextTokenizer, **changes: object) -
 def scores_of(
     spec: CaptureSpec, document: PreparedDocument, masked_C: np.ndarray, rng: np.random.Generator, words: np.ndarray
 ) -> ContextScores:
-    """Random scores. Candidates are the gold with some tokens replaced by ids from `words`; the gold is sometimes among them."""
+    """Random scores. Candidates: the gold with a token replaced by one of `words`, sometimes the gold itself."""
     first_C, stop_C = document.teacher.token_ranges(document.chunks)
     gold = [document.teacher.ids_L[a:b] for a, b, m in zip(first_C, stop_C, masked_C, strict=True) if m]
     tokens = sum(map(len, gold))
@@ -111,7 +114,7 @@ def make_cache(
     draw_ranges: int = 1,
     **changes: object,
 ) -> Cache:
-    """A complete cache with the embedded tokenizers; `draw_ranges` parts the draws into so many shards per document range."""
+    """A complete cache with the embedded tokenizers; `draw_ranges`: shards per document range."""
     teacher, student = TextTokenizer.load(TINY_TEACHER), TextTokenizer.load(TINY_STUDENT)
     spec = spec_of(teacher, student, **changes)
     prepared = Preparer(teacher, [student], Limits(512, (512,)), "none").prepare_many(raws)
@@ -149,7 +152,7 @@ def save_student(folder: Path, layers: int = 2, hidden: int = 64, vocabulary: in
 
 
 def undeclared_tokenizer(folder: Path, size: int = 700) -> Path:
-    """Another byte-level BPE tokenizer, trained on a little of the library: its tokens are shorter and end elsewhere."""
+    """Another byte-level BPE tokenizer, trained on a little of the library: its tokens end elsewhere."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

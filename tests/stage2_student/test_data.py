@@ -264,7 +264,7 @@ def test_the_timestep_range_is_kept_and_an_empty_one_refused(cache: Cache, token
     index = DrawIndex.of(cache, 0.2, 0.5)
     rows = TrainingRows(cache, index, RowMaker(tokenizer, cache.spec, BLOCK, "compdemo"), 0, 0.0, 30)
     assert all(0.2 <= rows[n].timestep <= 0.5 for n in range(30))
-    with pytest.raises(TidecacheError, match="none of its 36 draws has a timestep from 0.5 to 0.500001"):
+    with pytest.raises(TidecacheError, match=r"none of its 36 draws has a timestep from 0\.5 to 0\.500001"):
         DrawIndex.of(cache, 0.5, 0.500001)
 
 

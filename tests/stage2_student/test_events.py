@@ -122,7 +122,7 @@ def test_special_tokens_and_half_characters_are_no_events(cache: Cache, tokenize
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_events_of_a_draw(cache: Cache, tokenizer: TextTokenizer, temperature: float) -> None:
-    """Gold first with the student's ids; masses from the stored lane; same bytes added up; the gold's bytes left out."""
+    """Gold first with the student's ids; masses from the stored lane; equal bytes added up; the gold's left out."""
     maker = RowMaker(tokenizer, cache.spec, BLOCK, "compdemo", temperature=temperature)
     column = cache.spec.temperatures.index(temperature)
     several = doubled = 0

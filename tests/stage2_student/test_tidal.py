@@ -78,5 +78,5 @@ def test_unknown_names_are_refused() -> None:
         lambda: tidal.mean_factor("sideways", "uniform"),
         lambda: tidal.mean_factor("both", "late"),
     ):
-        with pytest.raises(TidecacheError, match="expected one of .*, found '(sideways|square|late)'"):
+        with pytest.raises(TidecacheError, match=r"expected one of .*, found '(sideways|square|late)'"):
             call()

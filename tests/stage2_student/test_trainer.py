@@ -92,7 +92,7 @@ def test_accumulation_gives_the_large_batchs_gradient(
 
 @pytest.mark.parametrize("recipe", ["cross-entropy", "calm", "reverse-calm-tidal", "events"])
 def test_the_objective_falls(recipe: str, cache: Cache, student_folder: Path, tmp_path: Path) -> None:
-    # Reverse CALM's gradient vanishes with the student's chunk probabilities, so it begins where cross-entropy has worked.
+    # Reverse CALM's gradient vanishes with the student's probabilities: it begins where cross-entropy has worked.
     config = short(
         recipe, context="compdemo", batch=6, steps=20, learning_rate=5e-3, tidal="none", max_timestep=0.7, warmup=0.05
     )  # fmt: skip
@@ -286,7 +286,7 @@ def test_training_needs_nothing_of_the_teacher(student_folder: Path, tmp_path: P
     import subprocess
     import sys
 
-    code = "import sys, stage2_student.run, stage2_student.evaluation; print([m for m in sys.modules if m.startswith('stage1')])"
+    code = "import sys, stage2_student.run, stage2_student.evaluation; print([m for m in sys.modules if 'stage1' in m])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

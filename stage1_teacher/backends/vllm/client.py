@@ -160,7 +160,7 @@ def load_vllm_teacher(
     _check_arguments(preset, temperatures, dtype, batch_tokens, tensor_parallel)
     platform = _require_vllm(tensor_parallel)
     from stage1_teacher.architectures.families import read_family
-    from stage1_teacher.backends.transformers import _tokenizer_traits
+    from stage1_teacher.architectures.tokenizers import has_tokenizer, teacher_tokenizer
 
     folder = local_folder(preset.checkpoint)
     family, config = read_family(folder)
@@ -172,14 +172,17 @@ def load_vllm_teacher(
             f"another name; this is {config.model_type!r}: use --backend transformers"
         )
     weight_files(folder)
-    tokens, tokenizer_mask = _tokenizer_traits(folder)
+    tokenizer = teacher_tokenizer(folder, preset.name) if has_tokenizer(folder) else None
+    tokens = tokenizer.vocabulary if tokenizer is not None else None
     if tokens is not None and tokens > config.vocab_size:
         raise TidecacheError(
             f"teacher {folder}: the tokenizer knows {tokens} tokens, and the head has {config.vocab_size} rows: they do not belong together"
         )
     mask_id = preset.mask_id
+    if mask_id is None and tokenizer is not None:
+        mask_id = tokenizer.mask_id
     if mask_id is None:
-        mask_id = tokenizer_mask if tokenizer_mask is not None else getattr(config, "mask_token_id", None)
+        mask_id = getattr(config, "mask_token_id", None)
     if mask_id is not None and not 0 <= mask_id < config.vocab_size:
         raise TidecacheError(
             f"teacher {folder}: the mask id {mask_id} is not among its {config.vocab_size} embeddings; give another with --mask-id"
@@ -242,10 +245,13 @@ def _require_vllm(tensor_parallel: int) -> str:
             "the backend vllm needs vLLM, which is not installed: with CUDA, pip install 'tidecache[vllm]'; on a CPU, `make vllm-env` "
             "makes an environment for it (.venv-vllm)"
         )
-    # vLLM has no other form for these: an engine in this process (composition of batches), no report to its makers.
+    # vLLM has no other form for these: an engine in this process (composition of batches), no report to its makers, and
+    # workers on CPUs that share one memory node.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if tensor_parallel > 1:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     try:
         import vllm
         from vllm.platforms import current_platform

@@ -73,7 +73,7 @@ def main() -> None:
         sys.stdin.readline()
         capture(folder, SHARDS[part::parts])
         return
-    run_forked(folder / "whole", 0)
+    capture(folder / "whole", FEW_SHARDS)  # in this process, so that its children start warm
     step = 1
     while run_forked(folder / f"{step}", step):
         run_forked(folder / f"{step}", 0)
