@@ -117,19 +117,33 @@ def report(out: Path, options: argparse.Namespace, stages: list[Stage], measured
         Table(
             title,
             ["", *[f"t {b}" for b in bins], "all"],
-            [[name, *[pattern.format(cell[key]) for cell in row["bins"]], pattern.format(row["all"][key])] for name, row in rows],
+            [
+                [name, *[pattern.format(cell[key]) for cell in row["bins"]], pattern.format(row["all"][key])]
+                for name, row in rows
+            ],
             note,
         )
         for title, key, pattern, note in (
             ("Bits per byte of masked chunks", "bits_per_byte", "{:.3f}", "Lower is better."),
-            ("Masked chunks guessed right", "accuracy", "{:.1%}", "The most likely token at every position of the chunk."),
-            ("Calibration error", "calibration_error", "{:.3f}", "Expected difference of confidence and accuracy, ten bins."),
+            (
+                "Masked chunks guessed right",
+                "accuracy",
+                "{:.1%}",
+                "The most likely token at every position of the chunk.",
+            ),
+            (
+                "Calibration error",
+                "calibration_error",
+                "{:.3f}",
+                "Expected difference of confidence and accuracy, ten bins.",
+            ),
         )
     ]
     costs = Table(
         "What it took",
         ["stage", "seconds", "bytes"],
-        [[s.name, f"{s.seconds:.0f}", f"{s.bytes:,}"] for s in stages] + [["all", f"{sum(s.seconds for s in stages):.0f}", ""]],
+        [[s.name, f"{s.seconds:.0f}", f"{s.bytes:,}"] for s in stages]
+        + [["all", f"{sum(s.seconds for s in stages):.0f}", ""]],
     )
     for table in (*tables, costs):
         shown = RichTable(title=table.title, title_justify="left", caption=table.note, caption_justify="left")

@@ -59,7 +59,8 @@ class BidirectionalNgram:
             context, token = np.concatenate(contexts), np.concatenate(tokens)
             self.counts.append(
                 Counts(
-                    *np.unique(context, return_counts=True), *np.unique(context * vocabulary + token, return_counts=True)
+                    *np.unique(context, return_counts=True),
+                    *np.unique(context * vocabulary + token, return_counts=True),
                 )
             )
 

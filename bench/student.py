@@ -88,7 +88,7 @@ class StepInput:
 def plain_loss(model: Any, data: StepInput) -> Any:
     """Reverse CALM and cross-entropy from logits at all positions."""
     import torch
-    import torch.nn.functional as F  # noqa: N812
+    import torch.nn.functional as F
 
     from stage2_student.attention import attention_mask
     from stage2_student.objectives import reverse_calm_loss

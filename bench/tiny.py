@@ -22,7 +22,6 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,7 +80,9 @@ def training_text() -> dict[str, list[str]]:
     library = library_folder()
     found: dict[str, list[Path]] = {
         "tests": sorted((library / "test").rglob("*.py")),
-        "python-doc": [Path(p) for p in sorted(glob.glob("/usr/share/doc/python3.11/html/_sources/**/*.txt", recursive=True))],
+        "python-doc": [
+            Path(p) for p in sorted(glob.glob("/usr/share/doc/python3.11/html/_sources/**/*.txt", recursive=True))
+        ],
         "perl-doc": [Path(p) for p in sorted(glob.glob("/usr/share/perl/**/*.pod", recursive=True))],
         "git-doc": [Path(p) for p in sorted(glob.glob("/usr/share/doc/git*/**/*.txt*", recursive=True))],
     }
@@ -110,10 +111,15 @@ def train_tokenizers(out: Path) -> None:
     """Byte-level BPE for both: different sizes and different splitting rules, so that their chunks differ as real ones do."""
     text = training_text()
     for name, splitter in (
-        ("teacher", pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ])),
+        (
+            "teacher",
+            pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                ]
+            ),
+        ),
         ("student", pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)),
     ):
         tokenizer = Tokenizer(models.BPE())
@@ -125,7 +131,9 @@ def train_tokenizers(out: Path) -> None:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        parts = text["library"] * 2 + text["tests"][::4] + text["python-doc"] + text["perl-doc"][::3] + text["git-doc"][::3]
+        parts = (
+            text["library"] * 2 + text["tests"][::4] + text["python-doc"] + text["perl-doc"][::3] + text["git-doc"][::3]
+        )
         tokenizer.train_from_iterator(parts, trainer)
         fast = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, eos_token=END, pad_token=END, mask_token=MASK, chat_template=CHATML
@@ -177,7 +185,9 @@ class Muon:
         self.matrices = {n: p for n, p in named.items() if p.ndim == 2 and "embed" not in n}
         self.others = {n: p for n, p in named.items() if n not in self.matrices}
         self.momentum = {n: torch.zeros_like(p) for n, p in self.matrices.items()}
-        self.adam = torch.optim.AdamW(self.others.values(), lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.adam = torch.optim.AdamW(
+            self.others.values(), lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
@@ -229,18 +239,31 @@ def block_diffusion_bias(length: int, block: int) -> torch.Tensor:
     clean = index >= length
     block_of = (index % length) // block
     same_half = clean[:, None] == clean[None, :]
-    seen = (same_half & (block_of[:, None] == block_of[None, :])) | (clean[None, :] & (block_of[:, None] > block_of[None, :]))
+    seen = (same_half & (block_of[:, None] == block_of[None, :])) | (
+        clean[None, :] & (block_of[:, None] > block_of[None, :])
+    )
     return torch.zeros(2 * length, 2 * length).masked_fill(~seen, float("-inf"))[None, None]
 
 
 def build(recipe: Recipe, end: int, length_limit: int) -> Qwen3ForCausalLM:
     torch.manual_seed(recipe.seed)
-    return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=recipe.vocab_size, hidden_size=recipe.hidden_size, num_hidden_layers=recipe.layers,
-        intermediate_size=recipe.intermediate_size, num_attention_heads=recipe.heads, num_key_value_heads=recipe.kv_heads,
-        head_dim=32, max_position_embeddings=length_limit, tie_word_embeddings=True, attn_implementation="sdpa",
-        bos_token_id=None, eos_token_id=end, pad_token_id=end,
-    ))
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=recipe.vocab_size,
+            hidden_size=recipe.hidden_size,
+            num_hidden_layers=recipe.layers,
+            intermediate_size=recipe.intermediate_size,
+            num_attention_heads=recipe.heads,
+            num_key_value_heads=recipe.kv_heads,
+            head_dim=32,
+            max_position_embeddings=length_limit,
+            tie_word_embeddings=True,
+            attn_implementation="sdpa",
+            bos_token_id=None,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
 
 
 def schedule(recipe: Recipe, step: int) -> float:
@@ -256,7 +279,9 @@ def head_loss(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, target_N: torch.
     return F.cross_entropy(hidden_ND @ weight_VD.T, target_N, reduction="none")
 
 
-def losses(model: Qwen3ForCausalLM, recipe: Recipe, ids_BL: torch.Tensor, step: int, mask_id: int, end: int, bias: torch.Tensor) -> torch.Tensor:
+def losses(
+    model: Qwen3ForCausalLM, recipe: Recipe, ids_BL: torch.Tensor, step: int, mask_id: int, end: int, bias: torch.Tensor
+) -> torch.Tensor:
     weight_VD = model.get_input_embeddings().weight
     if step < recipe.autoregressive_steps:
         hidden_BLD = model.model(input_ids=ids_BL).last_hidden_state
@@ -266,7 +291,9 @@ def losses(model: Qwen3ForCausalLM, recipe: Recipe, ids_BL: torch.Tensor, step: 
     length = ids_BL.shape[1]
     position_L = torch.arange(length)
     if recipe.block_size is None:
-        hidden_BLD = model.model(input_ids=noisy_BL, attention_mask=bias, position_ids=position_L[None]).last_hidden_state
+        hidden_BLD = model.model(
+            input_ids=noisy_BL, attention_mask=bias, position_ids=position_L[None]
+        ).last_hidden_state
     else:
         hidden_BLD = model.model(
             input_ids=torch.cat([noisy_BL, ids_BL], 1), attention_mask=bias, position_ids=position_L.repeat(2)[None]
@@ -285,12 +312,18 @@ def train(name: str, out: Path, save_every: int = 100) -> None:
     end, mask_id = tokenizer.eos_token_id, tokenizer.mask_token_id
     model = build(recipe, end, 1024)
     optimiser = Muon(model, recipe)
-    bias = torch.zeros(1, 1, 1, 1).expand(1, 1, recipe.length, recipe.length) if recipe.block_size is None else block_diffusion_bias(recipe.length, recipe.block_size)
+    bias = (
+        torch.zeros(1, 1, 1, 1).expand(1, 1, recipe.length, recipe.length)
+        if recipe.block_size is None
+        else block_diffusion_bias(recipe.length, recipe.block_size)
+    )
     state_file, first = folder / "state.safetensors", 0
     if state_file.exists():
         state = load_file(state_file)
         first = int(state.pop("step"))
-        model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}, strict=False)
+        model.load_state_dict(
+            {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}, strict=False
+        )
         optimiser.load(state)
         print(f"resuming at step {first}", flush=True)
     model.model = torch.compile(model.model)
@@ -305,10 +338,23 @@ def train(name: str, out: Path, save_every: int = 100) -> None:
         if not math.isfinite(recent[-1]):
             raise SystemExit(f"loss became {recent[-1]} at step {step}")
         if step % 20 == 19:
-            print(json.dumps({"step": step + 1, "loss": round(sum(recent[-20:]) / 20, 4), "s_per_step": round((time.time() - begun) / (step + 1 - first), 3)}), flush=True)
+            print(
+                json.dumps(
+                    {
+                        "step": step + 1,
+                        "loss": round(sum(recent[-20:]) / 20, 4),
+                        "s_per_step": round((time.time() - begun) / (step + 1 - first), 3),
+                    }
+                ),
+                flush=True,
+            )
         if step % save_every == save_every - 1 or step + 1 == total:
-            state = {f"model.{n.replace('_orig_mod.', '')}": p.detach() for n, p in model.named_parameters()} | optimiser.state()
-            save_file({**{k: v.contiguous() for k, v in state.items()}, "step": torch.tensor(step + 1)}, folder / "state.tmp")
+            state = {
+                f"model.{n.replace('_orig_mod.', '')}": p.detach() for n, p in model.named_parameters()
+            } | optimiser.state()
+            save_file(
+                {**{k: v.contiguous() for k, v in state.items()}, "step": torch.tensor(step + 1)}, folder / "state.tmp"
+            )
             (folder / "state.tmp").replace(state_file)
     model.model = model.model._orig_mod
     model.half().save_pretrained(folder / "final")

@@ -79,7 +79,10 @@ def main(teacher: Path, student: Path) -> None:
                 right += int(top1.sum())
                 count += len(top1)
             bits = {k: v / math.log(2) / total_bytes for k, v in nats.items()}
-            print(f"| {timestep} | {bits['unigram']:.3f} | {bits['ngram']:.3f} | {bits['model']:.3f} | {right / count:.1%} |", flush=True)
+            print(
+                f"| {timestep} | {bits['unigram']:.3f} | {bits['ngram']:.3f} | {bits['model']:.3f} | {right / count:.1%} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -13,11 +13,37 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HELD_OUT = frozenset(
-    "argparse bisect calendar configparser csv dataclasses difflib fileinput fractions graphlib heapq json mailbox "
-    "pprint queue sched shelve shlex statistics string textwrap tomllib wave zipfile".split()
+    [
+        "argparse",
+        "bisect",
+        "calendar",
+        "configparser",
+        "csv",
+        "dataclasses",
+        "difflib",
+        "fileinput",
+        "fractions",
+        "graphlib",
+        "heapq",
+        "json",
+        "mailbox",
+        "pprint",
+        "queue",
+        "sched",
+        "shelve",
+        "shlex",
+        "statistics",
+        "string",
+        "textwrap",
+        "tomllib",
+        "wave",
+        "zipfile",
+    ]
 )
 # Tables, generated data and tests: not what people write, and much of it.
-SKIPPED = frozenset("site-packages __pycache__ test tests idlelib lib2to3 encodings pydoc_data turtledemo".split())
+SKIPPED = frozenset(
+    ["site-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo"]
+)
 DOCUMENT_BYTES = 900
 
 

@@ -32,7 +32,7 @@ from shared.errors import TidecacheError
 from shared.preparation import NO_BOUNDARY, Limits, Preparer
 from shared.spec import CaptureSpec
 from shared.tokenization import TextTokenizer
-from stage1_teacher.backends import OutOfDeviceMemoryError, Scores, ScoreRequest, Teacher
+from stage1_teacher.backends import OutOfDeviceMemoryError, ScoreRequest, Scores, Teacher
 from stage1_teacher.compdemo import PlannedDraw, Subject, plan_draw, records_of, requests_of, without_unpredictable
 from stage1_teacher.planning import Segment, segments
 
@@ -203,8 +203,11 @@ class Capture:
         writer = CacheWriter.open(folder, self._spec, self._vocabulary)
         part = Part(folder, writer.finish())
         todo = segments(
-            itertools.chain([first], stream), writer.completed, self._extent.draws, self._extent.documents_per_shard,
-            folder
+            itertools.chain([first], stream),
+            writer.completed,
+            self._extent.draws,
+            self._extent.documents_per_shard,
+            folder,
         )
         try:
             self._shards(writer, self._jobs(todo, part), part)

@@ -60,18 +60,18 @@ class Subject:
         return self.document.teacher.token_ranges(self.document.chunks)
 
     @cached_property
-    def token_count_C(self) -> IntArray:  # noqa: N802
+    def token_count_C(self) -> IntArray:
         """Teacher tokens of each chunk."""
         first_C, stop_C = self._ranges
         return stop_C - first_C
 
     @cached_property
-    def chunk_N(self) -> IntArray:  # noqa: N802
+    def chunk_N(self) -> IntArray:
         """The chunk of each token that is in one, in order."""
         return np.repeat(np.arange(len(self.token_count_C)), self.token_count_C)
 
     @cached_property
-    def position_N(self) -> IntArray:  # noqa: N802
+    def position_N(self) -> IntArray:
         """The position of each token that is in a chunk, in order."""
         within_N = np.arange(len(self.chunk_N)) - (np.cumsum(self.token_count_C) - self.token_count_C)[self.chunk_N]
         return np.asarray(self._ranges[0][self.chunk_N] + within_N)

@@ -53,7 +53,9 @@ class Head:
                 f"teacher {where}: the tokenizer knows {vocabulary} tokens, and the head has {rows} rows: they do not belong together"
             )
         config = model.config
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         return cls(
             weight_VD=linear.weight.detach()[:vocabulary].float(),
             bias_V=None if linear.bias is None else linear.bias.detach()[:vocabulary].float(),
@@ -77,7 +79,9 @@ class Head:
             _score_tile(self.logits(hidden_ND[first : first + rows]), gold_N[first : first + rows], k, temperatures)
             for first in range(0, len(hidden_ND), rows)
         ]
-        return Scores(*(torch.cat([getattr(part, name) for part in parts]).cpu() for name in Scores.__dataclass_fields__))
+        return Scores(
+            *(torch.cat([getattr(part, name) for part in parts]).cpu() for name in Scores.__dataclass_fields__)
+        )
 
 
 def _score_tile(logits_NV: torch.Tensor, gold_N: torch.Tensor, k: int, temperatures: tuple[float, ...]) -> Scores:

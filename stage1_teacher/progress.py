@@ -155,8 +155,14 @@ def show_report(console: Console, report: Report) -> None:
 def _part_rows(part: Part) -> list[tuple[str, str]]:
     totals = part.manifest.totals
     rows = [
-        ("documents", f"{totals.documents:,}" + (f", of which {totals.cut:,} cut to the length limit" if totals.cut else "")),
-        ("draws", f"{totals.draws:,}, with {totals.masked_chunks:,} masked chunks of {totals.scored_tokens:,} teacher tokens"),
+        (
+            "documents",
+            f"{totals.documents:,}" + (f", of which {totals.cut:,} cut to the length limit" if totals.cut else ""),
+        ),
+        (
+            "draws",
+            f"{totals.draws:,}, with {totals.masked_chunks:,} masked chunks of {totals.scored_tokens:,} teacher tokens",
+        ),
         ("size", f"{decimal(totals.size_bytes)} in {len(part.manifest.shards):,} shards"),
     ]
     for reason, count in totals.dropped.items():

@@ -17,8 +17,21 @@ from shared.errors import TidecacheError
 _BLOCK = 1 << 24  # bytes read at once
 # Fields of config.json that record who wrote it and how it is used, not what the model computes.
 _IDLE_FIELDS = frozenset(
-    "_name_or_path transformers_version torch_dtype dtype architectures use_cache auto_map bos_token_id eos_token_id "
-    "pad_token_id output_attentions output_hidden_states return_dict".split()
+    [
+        "_name_or_path",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "architectures",
+        "use_cache",
+        "auto_map",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+    ]
 )
 
 
@@ -56,7 +69,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise TidecacheError(f"{path}: there is no such file; expected the folder of a Hugging Face checkpoint") from None
+        raise TidecacheError(
+            f"{path}: there is no such file; expected the folder of a Hugging Face checkpoint"
+        ) from None
     except (ValueError, UnicodeDecodeError) as error:
         raise TidecacheError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(data, dict):

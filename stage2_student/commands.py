@@ -125,7 +125,7 @@ def evaluate(
     from stage2_student import evaluation
     from stage2_student.model import load_student
 
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     source = cache or newest_cache() / HELD_OUT_FOLDER
     opened = open_cache(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -80,7 +80,10 @@ class Checkpoint:
             )
         try:
             text = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=False
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
             )
         except Exception as error:  # templates raise what they like
             raise TidecacheError(f"{self.path}: the chat template refuses these messages: {error}") from error
@@ -129,7 +132,7 @@ def open_checkpoint(
             f"{path}: trained with block size {trained}, asked for {block_size}: its blocks would start and end where "
             "it never saw any; leave --block-size out"
         )
-    student.model.to(device=_device(device), dtype=_dtype(dtype, device))
+    torch.nn.Module.to(student.model, device=_device(device), dtype=_dtype(dtype, device))
     size = block_size or trained
     assert size is not None
     if size < 1:

@@ -93,7 +93,7 @@ def input_and_output(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
     Raises:
         TidecacheError: the model has no linear head.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
         raise TidecacheError(f"{type(model).__name__} has no linear head: take a causal LM, such as Qwen3ForCausalLM")
     return embedding, head
@@ -192,7 +192,7 @@ class TrainableStudent(nn.Module):
 
     def _head(self) -> Head:
         """Made anew for each pass: wrappers may replace the parameters; what follows the product stays."""
-        linear = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        linear = self.model.get_output_embeddings()
         return Head(linear.weight, getattr(linear, "bias", None), *self._after)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:

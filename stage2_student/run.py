@@ -196,8 +196,8 @@ def train(
         TidecacheError: whatever `prepare` refuses; an `out` that holds a run already; a loss that is not finite.
     """
     console = console or Console(stderr=True)
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     if not stop_before_training:
         _check_out(out, resume)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -242,7 +242,7 @@ def train(
 
 def _last_checkpoint(out: Path) -> str | None:
     """The newest `checkpoint-N` folder in a run's folder."""
-    found: str | None = trainer_utils.get_last_checkpoint(str(out)) if out.is_dir() else None  # type: ignore[no-untyped-call]
+    found: str | None = trainer_utils.get_last_checkpoint(str(out)) if out.is_dir() else None
     return found
 
 

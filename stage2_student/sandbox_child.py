@@ -57,7 +57,16 @@ def isolate(folder: str) -> None:
     ruleset = libc.syscall(LANDLOCK_CREATE, attributes, len(attributes), 0)
     if ruleset < 0:
         return
-    readable = {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), *sys.path, "/usr", "/lib", "/lib64", "/dev"}
+    readable = {
+        sys.prefix,
+        sys.base_prefix,
+        *sysconfig.get_paths().values(),
+        *sys.path,
+        "/usr",
+        "/lib",
+        "/lib64",
+        "/dev",
+    }
     for path, access in [*((path, ACCESS_READ) for path in sorted(readable)), (folder, ACCESS_ALL)]:
         with contextlib.suppress(OSError):
             parent = os.open(path, os.O_PATH | os.O_CLOEXEC)

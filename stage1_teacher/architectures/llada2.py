@@ -140,7 +140,7 @@ class LLaDA2MoeRotaryEmbedding(nn.Module):
         return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
 
     @torch.no_grad()
-    @dynamic_rope_update  # type: ignore[untyped-decorator]
+    @dynamic_rope_update
     def forward(self, x_BLD: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See the class."""
         angles = position_ids[..., None].float() * self.inv_freq.float().to(x_BLD.device)
@@ -212,7 +212,7 @@ class LLaDA2MoeMLP(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden → hidden, same shape."""
-        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))  # type: ignore[no-any-return]
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
 class LLaDA2MoeRouter(nn.Module):
@@ -257,7 +257,7 @@ class LLaDA2MoeExperts(nn.Module):
 
     def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return self.act_fn(gate) * up  # type: ignore[no-any-return]
+        return self.act_fn(gate) * up
 
     def forward(self, hidden_ND: torch.Tensor, expert_NA: torch.Tensor, weight_NA: torch.Tensor) -> torch.Tensor:
         """hidden_ND → hidden_ND without grouped products: tokens sorted by expert, one product for each expert used."""
@@ -308,7 +308,7 @@ class LLaDA2MoeLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """hidden_BLD → hidden_BLD."""
         hidden_states = hidden_states + self.attention(self.input_layernorm(hidden_states), **kwargs)[0]
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))  # type: ignore[no-any-return]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class LLaDA2MoePreTrainedModel(PreTrainedModel):

@@ -86,9 +86,7 @@ class Teacher(Protocol):
     def weights(self) -> str:
         """Digest of the weights, by content."""
 
-    def score(
-        self, requests: Sequence[ScoreRequest], k: int, on_batch: Callable[[int], None] | None = None
-    ) -> Scores:
+    def score(self, requests: Sequence[ScoreRequest], k: int, on_batch: Callable[[int], None] | None = None) -> Scores:
         """Score all requests; `on_batch` hears the number of positions done after each batch.
 
         Raises:

@@ -70,7 +70,9 @@ def checked(number: int, request: ScoreRequest, teacher: Limits, rows: int, need
     first = int(teacher.logit_shift)
     if len(a.position_N) and not first <= a.position_N.min() <= a.position_N.max() < length:
         why = " (with the logit shift, position 0 cannot be predicted)" if teacher.logit_shift else ""
-        raise refuse(f"positions must lie in [{first}, {length}){why}, found {a.position_N.min()} to {a.position_N.max()}")
+        raise refuse(
+            f"positions must lie in [{first}, {length}){why}, found {a.position_N.min()} to {a.position_N.max()}"
+        )
     for name, ids, limit in (
         ("token_ids", a.token_L, rows),
         ("clean_ids", a.clean_L, rows),

@@ -17,7 +17,27 @@ from shared.tokenization import TextTokenizer
 from stage1_teacher.backends import ScoreRequest, Scores
 from tests.conftest import TINY_STUDENT, TINY_TEACHER
 
-WORDS = "def return self value if not in for None class import range yield naïve 日本語 xylophones 12345 quetzal __repr__".split()
+WORDS = [
+    "def",
+    "return",
+    "self",
+    "value",
+    "if",
+    "not",
+    "in",
+    "for",
+    "None",
+    "class",
+    "import",
+    "range",
+    "yield",
+    "naïve",
+    "日本語",
+    "xylophones",
+    "12345",
+    "quetzal",
+    "__repr__",
+]
 
 
 def texts(count: int, seed: int = 0, longest: int = 60) -> list[str]:

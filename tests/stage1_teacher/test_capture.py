@@ -53,7 +53,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_corpus(tmp_path_factory.mktemp("corpus") / "small.jsonl", 30))
 
 
-def run(teacher: object, folder: Path, corpus: str, spec=SPEC, draws: int = 2, size: int = 8, watcher: object = None, **extent):
+def run(
+    teacher: object,
+    folder: Path,
+    corpus: str,
+    spec=SPEC,
+    draws: int = 2,
+    size: int = 8,
+    watcher: object = None,
+    **extent,
+):
     return Capture(
         teacher, TEACHER, [STUDENT], spec, Extent(corpus, draws, size, **extent), folder, watcher or Silent()
     ).run()
@@ -194,7 +203,9 @@ def test_growth_in_documents_and_draws(teacher: Teacher, corpus: str, whole: Pat
 
 
 def test_another_spec_is_refused_field_by_field(teacher: Teacher, corpus: str, whole: Path) -> None:
-    with pytest.raises(TidecacheError, match=r"another spec .*seed: the cache has 0, this capture 9.*k: the cache has 3") as error:
+    with pytest.raises(
+        TidecacheError, match=r"another spec .*seed: the cache has 0, this capture 9.*k: the cache has 3"
+    ) as error:
         run(teacher, whole, corpus, spec=dataclasses.replace(SPEC, k=5, seed=9))
     assert str(whole) in str(error.value)
 
@@ -230,7 +241,12 @@ def test_duplicates_dropped_and_cut_documents_are_counted(tmp_path: Path) -> Non
 def test_a_corpus_of_which_nothing_remains(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(TidecacheError, match=r"not one document could be captured \(1 × empty"):
-        run(HashTeacher(TEACHER.vocabulary), tmp_path / "a", str(tmp_path / "empty.jsonl"), dataclasses.replace(SPEC, held_out="none"))
+        run(
+            HashTeacher(TEACHER.vocabulary),
+            tmp_path / "a",
+            str(tmp_path / "empty.jsonl"),
+            dataclasses.replace(SPEC, held_out="none"),
+        )
     (tmp_path / "nothing.jsonl").write_text("")
     with pytest.raises(TidecacheError, match="is empty"):
         run(HashTeacher(TEACHER.vocabulary), tmp_path / "b", str(tmp_path / "nothing.jsonl"))
@@ -281,7 +297,15 @@ def test_documents_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             most = max(most, read - self.documents)
             super().begun(documents, chunks, positions)
 
-    run(teacher, tmp_path / "cache", "endless", spec=dataclasses.replace(SPEC, held_out="none"), draws=1, size=4, watcher=Watch())
+    run(
+        teacher,
+        tmp_path / "cache",
+        "endless",
+        spec=dataclasses.replace(SPEC, held_out="none"),
+        draws=1,
+        size=4,
+        watcher=Watch(),
+    )
     assert read == 200
     assert most <= 13
 

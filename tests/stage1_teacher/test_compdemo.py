@@ -63,7 +63,9 @@ def test_the_token_law_masks_whole_chunks_around_student_tokens() -> None:
         first_C, stop_C = document.students[0].token_ranges(document.chunks)
         for draw in range(8):
             planned = plan_draw(spec, subject, draw)
-            masked_L = noise.mask_tokens(spec.seed, document.key, draw, planned.timestep, len(document.students[0].ids_L))
+            masked_L = noise.mask_tokens(
+                spec.seed, document.key, draw, planned.timestep, len(document.students[0].ids_L)
+            )
             expected = [bool(masked_L[a:b].any()) for a, b in zip(first_C, stop_C, strict=True)]
             assert planned.masked_C.tolist() == expected
             more += int(planned.masked_C.sum() > plan_draw(SPEC, subject, draw).masked_C.sum())
@@ -127,7 +129,9 @@ def test_draws_with_nothing_masked() -> None:
     assert single
     assert all(d.passes == () for d in empty)
     assert all(len(d.passes) == 2 for d in single)  # one of compdemo, one plain
-    records = records_of(SPEC, [empty[0], single[0]], HashTeacher(8192).score(requests_of([empty[0], single[0]], MASK), 4))
+    records = records_of(
+        SPEC, [empty[0], single[0]], HashTeacher(8192).score(requests_of([empty[0], single[0]], MASK), 4)
+    )
     assert records[0].contexts["plain"].gold_logp_N.shape == (0,)
     assert records[0].contexts["compdemo"].topk_logp_MK.shape == (0, 4)
     assert records[1].contexts["plain"].topk_logp_MK.shape == (1, 4)

@@ -23,7 +23,8 @@ def every_filling(logp_nV: np.ndarray, k: int):
     """The k best of all V^n fillings, by (−log-likelihood, ids)."""
     vocabulary = range(logp_nV.shape[1])
     scored = [
-        (-sum(logp_nV[j, i] for j, i in enumerate(ids)), ids) for ids in itertools.product(vocabulary, repeat=len(logp_nV))
+        (-sum(logp_nV[j, i] for j, i in enumerate(ids)), ids)
+        for ids in itertools.product(vocabulary, repeat=len(logp_nV))
     ]
     return sorted(scored)[:k]
 

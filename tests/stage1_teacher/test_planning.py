@@ -57,7 +57,11 @@ def test_any_sequence_of_captures_covers_every_draw_once(runs: list[tuple[int, i
 
 
 def test_a_fresh_capture_is_cut_evenly() -> None:
-    assert [s.range for s in run(10, [], 3, 4)] == [ShardRange(0, 4, 0, 3), ShardRange(4, 8, 0, 3), ShardRange(8, 10, 0, 3)]
+    assert [s.range for s in run(10, [], 3, 4)] == [
+        ShardRange(0, 4, 0, 3),
+        ShardRange(4, 8, 0, 3),
+        ShardRange(8, 10, 0, 3),
+    ]
 
 
 def test_more_draws_are_new_shards_over_the_same_documents() -> None:

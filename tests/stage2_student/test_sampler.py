@@ -97,10 +97,16 @@ def test_the_first_step_sees_what_training_saw() -> None:
 
 def test_response_blocks_start_where_the_response_starts() -> None:
     model, prompt = random_model(2), prompt_of(3, 13)
-    runs = {b: sampler_of(model, ends=()).sample([prompt], SampleOptions(16, 4, blocks=b))[0].ids for b in ("sequence", "response")}
+    runs = {
+        b: sampler_of(model, ends=()).sample([prompt], SampleOptions(16, 4, blocks=b))[0].ids
+        for b in ("sequence", "response")
+    }
     assert runs["sequence"] != runs["response"]
     aligned = prompt_of(3, 16)
-    runs = {b: sampler_of(model, ends=()).sample([aligned], SampleOptions(16, 4, blocks=b))[0].ids for b in ("sequence", "response")}
+    runs = {
+        b: sampler_of(model, ends=()).sample([aligned], SampleOptions(16, 4, blocks=b))[0].ids
+        for b in ("sequence", "response")
+    }
     assert runs["sequence"] == runs["response"]
 
 

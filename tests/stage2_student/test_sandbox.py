@@ -69,7 +69,9 @@ def test_there_is_no_network() -> None:
 
 
 def test_a_program_cannot_know_the_token() -> None:
-    assert not run_program("import os\nfor d in range(3, 20):\n    try: os.write(d, b'passed')\n    except OSError: pass\n1/0").passed
+    assert not run_program(
+        "import os\nfor d in range(3, 20):\n    try: os.write(d, b'passed')\n    except OSError: pass\n1/0"
+    ).passed
 
 
 def test_all_canonical_solutions_of_humaneval_pass() -> None:

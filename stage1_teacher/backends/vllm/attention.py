@@ -45,7 +45,7 @@ def block_backend(base: type[AttentionBackend], traits: ScorerTraits) -> type[At
     """The platform's attention backend with our metadata builder before its own."""
     base_builder: Any = base.get_builder_cls()
 
-    class BlockMetadataBuilder(base_builder):  # type: ignore[misc]  # the base is known at run time only
+    class BlockMetadataBuilder(base_builder):  # the base is known at run time only
         """See the module."""
 
         def build(
@@ -63,9 +63,7 @@ def block_backend(base: type[AttentionBackend], traits: ScorerTraits) -> type[At
     return subclass_attention_backend("TidecacheBlock_", base, BlockMetadataBuilder)
 
 
-def _as_spans(
-    common: CommonAttentionMetadata, traits: ScorerTraits
-) -> tuple[CommonAttentionMetadata, torch.Tensor]:
+def _as_spans(common: CommonAttentionMetadata, traits: ScorerTraits) -> tuple[CommonAttentionMetadata, torch.Tensor]:
     """The batch with spans for requests, and the position of every computed token."""
     device = common.seq_lens.device
     requests = common.num_reqs
@@ -106,7 +104,13 @@ class BlockAttention(Attention):
         base = get_attn_backend(head_size, torch.get_default_dtype(), dtype)
         traits = ScorerTraits.of(get_current_vllm_config().model_config.hf_config)
         super().__init__(
-            num_heads, head_size, scale, *args, cache_config=cache_config, attn_backend=block_backend(base, traits), **kwargs
+            num_heads,
+            head_size,
+            scale,
+            *args,
+            cache_config=cache_config,
+            attn_backend=block_backend(base, traits),
+            **kwargs,
         )
 
 

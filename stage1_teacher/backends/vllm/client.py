@@ -74,9 +74,7 @@ class VllmTeacher:
         """Digest of the weights, by content (`stage1_teacher.weights`)."""
         return weights_digest(self.folder)
 
-    def score(
-        self, requests: Sequence[ScoreRequest], k: int, on_batch: Callable[[int], None] | None = None
-    ) -> Scores:
+    def score(self, requests: Sequence[ScoreRequest], k: int, on_batch: Callable[[int], None] | None = None) -> Scores:
         """See `stage1_teacher.backends.Teacher.score`."""
         if not 1 <= k <= self.vocabulary:
             raise TidecacheError(f"k: expected between 1 and the teacher's {self.vocabulary} tokens, found {k}")
@@ -138,7 +136,8 @@ def _class_name(config: Any) -> str:
     """The class that the transformers backend would run, so that both backends name a teacher alike."""
     from transformers import AutoModelForCausalLM
 
-    return str(AutoModelForCausalLM._model_mapping[type(config)].__name__)
+    found: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    return str(found.__name__)
 
 
 def _longest(traits: ScorerTraits, config: Any, batch_tokens: int) -> int:
@@ -205,7 +204,9 @@ def load_vllm_teacher(
     if crosscheck.fits(folder, traits.vocabulary, config.hidden_size, dtype):
         expected = crosscheck.reference(preset, temperatures, dtype, batch_tokens, requests)
     else:
-        log.warning("%s: too large for the transformers backend on this device: its scores are not cross-checked", folder)
+        log.warning(
+            "%s: too large for the transformers backend on this device: its scores are not cross-checked", folder
+        )
     engine = _start(folder, config, traits, name, dtype, batch_tokens, tensor_parallel)
     teacher = VllmTeacher(preset, folder, config, engine, traits, mask_id, dtype, batch_tokens)
     if expected is not None:
@@ -264,7 +265,9 @@ def _require_vllm(tensor_parallel: int) -> str:
             f"torchcodec break it beside torch 2.13; `make vllm-env` makes an environment that works"
         ) from error
     if not vllm.__version__.startswith(VERSION):
-        raise TidecacheError(f"tidecache's plug-in is written for vLLM {VERSION}, found {vllm.__version__}: install vllm=={VERSION}.*")
+        raise TidecacheError(
+            f"tidecache's plug-in is written for vLLM {VERSION}, found {vllm.__version__}: install vllm=={VERSION}.*"
+        )
     if tensor_parallel > 1 and "tidecache" not in {e.name for e in entry_points(group="vllm.general_plugins")}:
         raise TidecacheError(
             "vLLM's workers do not find tidecache's plug-in (entry point vllm.general_plugins): install tidecache again in this "

@@ -68,7 +68,9 @@ class ScoringPooler(Pooler):
         cached_R = cursor.seq_lens_cpu.numpy() - count_R
         ahead_R = np.cumsum(count_R) - count_R
         rows, gold, k = [], [], 1
-        for params, count, cached, ahead in zip(pooling_metadata.pooling_params, count_R, cached_R, ahead_R, strict=True):
+        for params, count, cached, ahead in zip(
+            pooling_metadata.pooling_params, count_R, cached_R, ahead_R, strict=True
+        ):
             if params.extra_kwargs is None:  # vLLM's warm-up: every row, the most that a batch can ask for
                 row_N, gold_N, wanted = np.arange(count), np.zeros(count, dtype=np.int32), WARM_UP_K
             else:
@@ -81,9 +83,9 @@ class ScoringPooler(Pooler):
             gold.append(gold_N)
             k = max(k, wanted)
         device = hidden_states.device
-        row_N = torch.from_numpy(np.concatenate(rows).astype(np.int64)).to(device)
-        gold_N = torch.from_numpy(np.concatenate(gold).astype(np.int64)).to(device)
-        numbers_NX = self.score(hidden_states[row_N], gold_N, k).cpu()
+        all_row_N = torch.from_numpy(np.concatenate(rows).astype(np.int64)).to(device)
+        all_gold_N = torch.from_numpy(np.concatenate(gold).astype(np.int64)).to(device)
+        numbers_NX = self.score(hidden_states[all_row_N], all_gold_N, k).cpu()
         return list(numbers_NX.split([len(row_N) for row_N in rows]))
 
     def score(self, hidden_ND: torch.Tensor, gold_N: torch.Tensor, k: int) -> torch.Tensor:
@@ -145,7 +147,9 @@ class ScoringPooler(Pooler):
             summary_NWX = gathered_NX.unflatten(1, (workers, -1))
         else:
             summary_NWX = summary_NX[:, None]
-        gold_NW1, peak_NW1, sum_NWT, value_NWK, id_NWK = summary_NWX.split([1, 1, 1 + len(self.temperatures), k, k], dim=2)
+        gold_NW1, peak_NW1, sum_NWT, value_NWK, id_NWK = summary_NWX.split(
+            [1, 1, 1 + len(self.temperatures), k, k], dim=2
+        )
         temperature_T = torch.tensor((1.0, *self.temperatures), device=summary_NX.device)
         peak_N1 = peak_NW1.amax(1)
         factor_NWT = ((peak_NW1 - peak_N1[:, None]) / temperature_T).exp()
@@ -164,5 +168,3 @@ class ScoringPooler(Pooler):
             ],
             1,
         )
-
-

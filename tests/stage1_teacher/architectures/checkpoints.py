@@ -162,8 +162,7 @@ def write_checkpoint(folder: Path, kind: str, model: Any | None = None, **fields
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(OFFICIAL_FIELDS[kind] | fields), encoding="utf-8")
     tensors = {
-        official_name(kind, name): tensor.clone()
-        for name, tensor in (model or plain_model(kind)).state_dict().items()
+        official_name(kind, name): tensor.clone() for name, tensor in (model or plain_model(kind)).state_dict().items()
     }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
