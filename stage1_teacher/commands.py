@@ -97,6 +97,10 @@ def capture(
     template: Annotated[
         Path | None, typer.Option(help="A Jinja file that replaces the chat template of the teacher's tokenizer.")
     ] = None,
+    backend: Annotated[
+        str, typer.Option(help="transformers (anywhere), or vllm (fast; with CUDA the extra `vllm`).")
+    ] = "transformers",
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share one teacher (vllm).")] = 1,
     dtype: Annotated[
         str | None, typer.Option(help="The teacher's type: float32, bfloat16, float16. Default: preset's.")
     ] = None,
@@ -135,7 +139,7 @@ def capture(
     )  # fmt: skip
     loaded = load(
         teacher,
-        "transformers",
+        backend,
         layout,
         block_size,
         mask_id,
@@ -143,6 +147,7 @@ def capture(
         draft.temperatures,
         dtype or preset.dtype,
         draft.batch_tokens,
+        tensor_parallel,
     )
     capture_spec = dataclasses.replace(draft, teacher=_teacher_spec(loaded, teacher_tokenizer, draft.length_limit))
     home = Path(os.environ.get("TIDECACHE_HOME") or "caches")

@@ -46,7 +46,7 @@ def best_fillings(
 
 def _merge_all(ids_MnK: IdArray, logp_MnK: FloatArray) -> tuple[IdArray, FloatArray]:
     """(ids_MKn, logp_MK) for M chunks of the same n tokens."""
-    chunks, tokens, k = ids_MnK.shape
+    _, tokens, k = ids_MnK.shape
     first_P, second_P = np.nonzero(np.outer(np.arange(1, k + 1), np.arange(1, k + 1)) <= k)
     best_MK, filling_MKn = logp_MnK[:, 0], ids_MnK[:, 0, :, None]
     rank_MK = _rank(ids_MnK[:, 0])  # a filling's place among the K in the order of its ids, to break ties

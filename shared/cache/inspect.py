@@ -142,8 +142,10 @@ def render(inspection: Inspection, console: Console) -> None:
         console.print("No shard is complete yet: run the capture that began this cache again, it goes on from here.")
         return
     console.print(_bytes_table(inspection))
+    console.print()
     for context, statistics in inspection.statistics.items():
         console.print(_timestep_table(context, statistics, manifest))
+        console.print()
     console.print(_legend(inspection), style="dim")
 
 
@@ -154,7 +156,7 @@ def _legend(inspection: Inspection) -> str:
     kl = max((max(entry["stored_kl"]) for entry in _all_bins(inspection) if entry["stored_kl"]), default=0.0)
     return (
         f"{gold} best: share of chunks whose most likely filling is the gold. ECE: expected calibration error of the "
-        f"probability of that filling. tail: probability outside the top k, by temperature. KL from the exact to the "
+        f"probability of that filling. tail T: probability outside the top k at temperature T. KL from the exact to the "
         f"stored top-k distribution: {kl:.1e} nats at most in any row."
     )
 
@@ -236,7 +238,7 @@ def _timestep_table(context: str, statistics: ContextStatistics, manifest: Manif
     topk = "topk" in spec.lanes
     headings = ["t", "draws", "chunks", "nats/token", "nats/chunk"]
     if topk:
-        headings += ["best", "ECE", *(f"tail T={t:g}" for t in spec.temperatures)]
+        headings += ["best", "ECE", *(f"tail {t:g}" for t in spec.temperatures)]
     table = _plain_table(f"By timestep, context {context}", headings)
     for entry in _bins(statistics, manifest):
         cells = [

@@ -51,6 +51,7 @@ def encode(table: pa.Table, metadata: Mapping[str, Any]) -> bytes:
         column_encoding=encodings,
         write_page_checksum=True,
         write_page_index=True,
+        store_schema=False,  # it would hold the metadata a second time; our types need no help
     )
     return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 

@@ -133,7 +133,8 @@ def test_held_out_is_a_cache_of_its_own_with_the_same_spec(corpus: str, whole: P
 def test_shard_sizes_agree(teacher: Teacher, corpus: str, whole: Path, tmp_path: Path, size: int) -> None:
     run(teacher, tmp_path / "other", corpus, size=size)
     assert_same_draws(rows(tmp_path / "other"), rows(whole), 2e-5)
-    assert len(open_cache(tmp_path / "other").shards) == {1: 24, 5: 5, 1000: 1}[size]
+    documents = len({d.document for d in open_cache(whole).iter_draws()})
+    assert len(open_cache(tmp_path / "other").shards) == -(-documents // size)
 
 
 @pytest.mark.parametrize("budget", [1, 100_000])
@@ -272,10 +273,11 @@ def test_a_failing_writer_stops_the_teacher(tmp_path: Path, corpus: str, monkeyp
 
 def test_a_failing_corpus_keeps_what_is_complete(tmp_path: Path, teacher: Teacher) -> None:
     path = write_corpus(tmp_path / "torn.jsonl", 30)
+    documents = count_documents(Extent(str(path), 1, 8), SPEC, threading.Event())[False]
     path.write_text(path.read_text() + '{"text": \n')
     with pytest.raises(TidecacheError, match=r"torn\.jsonl:31 is not valid JSON"):
         run(teacher, tmp_path / "cache", str(path), size=8, draws=1)
-    assert len(open_cache(tmp_path / "cache").shards) == 3
+    assert len(open_cache(tmp_path / "cache").shards) == documents // 8 > 0
 
 
 def test_documents_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

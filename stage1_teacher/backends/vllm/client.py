@@ -90,7 +90,7 @@ class VllmTeacher:
                 self._queue(str(number), a, k)
         while self._engine.has_unfinished_requests():
             done = 0
-            for output in self._engine.step():
+            for output in self._step():
                 number = int(output.request_id)
                 numbers_NX[first_R[number] : first_R[number + 1]] = output.outputs.data
                 self.prompt_tokens += len(output.prompt_token_ids)
@@ -127,6 +127,15 @@ class VllmTeacher:
         )
         self._engine.add_request(name, tokens_input(placement.prompt(a.token_L, a.clean_L).tolist()), params)
 
+    def _step(self) -> list[Any]:
+        try:
+            return list(self._engine.step())
+        except torch.OutOfMemoryError as error:  # the budget is built into the engine: only another start can lower it
+            raise TidecacheError(
+                f"the teacher {self.name} ran out of device memory with batches of {self.batch_tokens} tokens: start again with "
+                f"a smaller --batch-tokens, --dtype bfloat16, or more devices (--tensor-parallel)"
+            ) from error
+
     def close(self) -> None:
         """Stop the engine and its workers, and free their memory."""
         self._engine.engine_core.shutdown()
@@ -159,10 +168,17 @@ def load_vllm_teacher(
     _check_arguments(preset, temperatures, dtype, batch_tokens, tensor_parallel)
     platform = _require_vllm(tensor_parallel)
     from stage1_teacher.architectures.families import read_family
+    from stage1_teacher.architectures.loading import check_tensors
+    from stage1_teacher.architectures.memory import read_shapes
     from stage1_teacher.architectures.tokenizers import has_tokenizer, teacher_tokenizer
 
     folder = local_folder(preset.checkpoint)
     family, config = read_family(folder)
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise TidecacheError(
+            f"teacher {folder}: its attention slides over a window of {config.sliding_window} tokens, which has no meaning in "
+            f"the layouts of a diffusion model; set sliding_window to null in config.json if it was trained without"
+        )
     layout = preset.layout or "full"
     name = architecture(config.model_type, layout)
     if name is None:
@@ -170,8 +186,10 @@ def load_vllm_teacher(
             f"teacher {folder}: the backend vllm runs Qwen3, Qwen2, Llama and LLaDA2-MoE and the models that are these under "
             f"another name; this is {config.model_type!r}: use --backend transformers"
         )
-    weight_files(folder)
-    tokenizer = teacher_tokenizer(folder, preset.name) if has_tokenizer(folder) else None
+    shapes = read_shapes(weight_files(folder))
+    if family is not None:
+        check_tensors(folder, family, config, shapes)
+    tokenizer = teacher_tokenizer(folder, preset.name, preset.template) if has_tokenizer(folder) else None
     tokens = tokenizer.vocabulary if tokenizer is not None else None
     if tokens is not None and tokens > config.vocab_size:
         raise TidecacheError(
