@@ -25,10 +25,10 @@ from rich.table import Table as RichTable
 
 console = Console()
 STUDENTS = {  # recipe -> how the table names it
-    "cross-entropy": "cross-entropy only",
-    "tide-cross": "Reverse CALM (TIDE-Cross)",
-    "reverse-calm-tidal": "Reverse CALM + TIDAL",
-    "events": "event KL (topk lane)",
+    "cross-entropy": "cross-entropy",
+    "tide-cross": "Reverse CALM",
+    "reverse-calm-tidal": "Rev. CALM + TIDAL",
+    "events": "event KL",
 }
 
 
@@ -73,9 +73,9 @@ class Pipeline:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The whole pipeline on real text with the embedded pair.")
     parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--documents", type=int, default=500, help="documents to capture, held-out ones among them")
+    parser.add_argument("--documents", type=int, default=400, help="documents to capture, held-out ones among them")
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--held-out-documents", type=int, default=60)
     parser.add_argument("--fresh", action="store_true", help="forget an earlier run's results and start over")
@@ -116,7 +116,7 @@ def report(out: Path, options: argparse.Namespace, stages: list[Stage], measured
     tables = [
         Table(
             title,
-            ["", *[f"t {b}" for b in bins], "all"],
+            ["timestep", *bins, "all"],
             [
                 [name, *[pattern.format(cell[key]) for cell in row["bins"]], pattern.format(row["all"][key])]
                 for name, row in rows

@@ -57,9 +57,11 @@ def encode(table: pa.Table, metadata: Mapping[str, Any]) -> bytes:
 
 
 def _encoding(field: pa.Field) -> str | None:
-    """Floats by byte planes (the rounded-off low bits cost nothing then), integers as deltas, the rest plain."""
+    """Floats and candidates' ids by byte planes (bits that are always 0 cost nothing then), other integers, which
+    mostly grow along a row, as deltas, the rest plain.
+    """
     value = field.type.value_type if pa.types.is_list(field.type) else field.type
-    if pa.types.is_floating(value):
+    if pa.types.is_floating(value) or field.name.endswith("_topk_ids"):
         return "BYTE_STREAM_SPLIT"
     return "DELTA_BINARY_PACKED" if pa.types.is_integer(value) else None
 

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.errors import TidecacheError
+from stage1_teacher.backends import load
 from stage1_teacher.backends.vllm.pages import CLEAN, NOISY, Placement, place, prompt_sizes, spans_of_batch
 
 pages = st.sampled_from([4, 16, 32])
@@ -79,3 +81,14 @@ def test_blocks_of_whole_pages_cost_no_more_than_two_texts(page: int, block: int
 def test_block_causal_sees_its_own_and_earlier_blocks() -> None:
     block_L = np.arange(21) // 6
     assert np.array_equal(seen_by(place("block-causal", 21, 6, 32), 32), block_L[:, None] >= block_L[None])
+
+
+def test_without_vllm_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    with pytest.raises(TidecacheError, match=r"vllm.*not installed.*tidecache\[vllm\].*make vllm-env"):
+        load("tiny", "vllm")
+
+
+def test_only_vllm_splits_a_teacher_over_devices() -> None:
+    with pytest.raises(TidecacheError, match="need the backend vllm"):
+        load("tiny", "transformers", tensor_parallel=2)

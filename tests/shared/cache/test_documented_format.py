@@ -196,6 +196,11 @@ def test_the_page_says_how_draws_are_made(folder):
             assert row["split"] == [s for s, m in zip(split, row["masked"], strict=True) if m]
 
 
+def all_ids(folder) -> list[int]:
+    """Every candidate's ids in a row, by our own reader."""
+    return [i for d in open_cache(folder).iter_draws() for i in d.scores["plain"].topk_ids.tolist()]
+
+
 def sums(folder):
     """{(document, draw): sum of the gold log-likelihoods} for timesteps below one half, by our own reader."""
     return {(d.document, d.draw): float(d.gold_logp.sum()) for d in open_cache(folder).iter_draws() if d.timestep < 0.5}
@@ -225,6 +230,10 @@ def test_duckdb_reads_the_plain_columns(folder):
     ).fetchall()
     assert all(masked == split for *_, masked, split in found)
     assert_same_sums({(document, draw): value for document, draw, value, *_ in found}, folder)
+    ids = duckdb.sql(
+        f"SELECT plain_topk_ids FROM '{folder}/shards/*.likelihoods.parquet' ORDER BY position, draw"
+    ).fetchall()
+    assert [i for (row,) in ids for i in row] == all_ids(folder)
     roles = duckdb.sql(f"SELECT DISTINCT messages[1].role FROM '{folder}/shards/*.documents.parquet'").fetchall()
     assert roles == [("text",)]
 
@@ -234,6 +243,8 @@ def test_polars_reads_the_plain_columns(folder):
     scan = pl.scan_parquet(folder / "shards" / "*.likelihoods.parquet").filter(pl.col("timestep") < 0.5)
     found = scan.select("document", "draw", pl.col("compdemo_gold_logp").list.sum()).collect()
     assert_same_sums({(d, k): value for d, k, value in found.rows()}, folder)
+    rows = pl.read_parquet(folder / "shards" / "*.likelihoods.parquet").sort("position", "draw")
+    assert [i for row in rows["plain_topk_ids"].to_list() for i in row] == all_ids(folder)
     documents = pl.read_parquet(folder / "shards" / "*.documents.parquet")
     assert documents["token_ids"].list.len().to_list() == documents["token_count"].list.sum().to_list()
 
