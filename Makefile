@@ -76,7 +76,9 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 tiny: $(INSTALLED)
-	$(BIN)/python bench/tiny.py build $(or $(OUT),runs/tiny)
+	$(BIN)/python bench/tiny.py tokenizers $(or $(OUT),runs/tiny)
+	$(BIN)/python bench/tiny.py train teacher $(or $(OUT),runs/tiny)
+	$(BIN)/python bench/tiny.py train student $(or $(OUT),runs/tiny)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,7 +7,7 @@ are a hundred times slower in it), embeddings and norms with Adam. Text: the sta
 apart from its held-out modules, its tests, and Debian's `python3.11-doc`, `perl-doc` and `git-doc`, each content once.
 
     python bench/tiny.py tokenizers OUT
-    python bench/tiny.py train teacher OUT      # resumes from its last state; about two hours on two cores
+    python bench/tiny.py train teacher OUT      # resumes from its last state; about ninety minutes on one core
     python bench/tiny.py train student OUT
 
 Shapes: B rows, L tokens, D hidden, V vocabulary, N masked positions.

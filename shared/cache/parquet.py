@@ -41,18 +41,20 @@ def encode(table: pa.Table, metadata: Mapping[str, Any]) -> bytes:
         for field in table.schema
         if (encoding := _encoding(field)) is not None
     }
-    pq.write_table(
-        table.replace_schema_metadata(footer),
+    plain = table.replace_schema_metadata(None)
+    with pq.ParquetWriter(
         sink,
-        row_group_size=ROW_GROUP_ROWS,
+        plain.schema,
         compression="zstd",
         compression_level=9,
         use_dictionary=["document", "messages.list.element.role"],
         column_encoding=encodings,
         write_page_checksum=True,
         write_page_index=True,
-        store_schema=False,  # it would hold the metadata a second time; our types need no help
-    )
+        store_schema=False,  # our types need no help, and it would hold them and the metadata a second time
+    ) as writer:
+        writer.write_table(plain, row_group_size=ROW_GROUP_ROWS)
+        writer.add_key_value_metadata(footer)
     return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 

@@ -62,7 +62,7 @@ class Cache:
         record = self.manifest.vocabulary
         file = open_parquet(self.path, record)
         table = read_columns(self.path, file, record, list(format.VOCABULARY_SCHEMA.names))
-        footer = footer_of(file.schema_arrow.metadata)
+        footer = footer_of(file.metadata.metadata)
         if footer.get("tokenizer") != self.spec.teacher.tokenizer:
             raise files.DamagedError(self.path / record.path, "of another tokenizer than the spec's", REMEDY)
         special_V = table["special"].to_numpy()
@@ -163,7 +163,7 @@ class Cache:
 
     def _table(self, record: FileRecord, columns: list[str], timesteps: tuple[float, float] = (0.0, 1.0)) -> pa.Table:
         file = open_parquet(self.path, record)
-        found = footer_of(file.schema_arrow.metadata).get("fingerprint")
+        found = footer_of(file.metadata.metadata).get("fingerprint")
         if found not in (self.spec.fingerprint, *self.manifest.widened_from):
             finding = f"expected the spec {self.spec.fingerprint}, found {found}: it belongs to another cache"
             raise files.DamagedError(self.path / record.path, finding, REMEDY)

@@ -165,7 +165,7 @@ def _check_footers(cache: Cache, receipt: Receipt) -> dict[str, Any]:
 
 def _footer(root: Path, record: FileRecord) -> dict[str, Any]:
     try:
-        return footer_of(open_parquet(root, record).schema_arrow.metadata)
+        return footer_of(open_parquet(root, record).metadata.metadata)
     except (ValueError, pa.ArrowException) as error:
         raise TidecacheError(f"{root / record.path}: its footer cannot be read ({error})") from error
 

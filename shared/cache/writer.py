@@ -184,7 +184,7 @@ class CacheWriter:
             if receipt.documents.path != path:
                 continue
             if receipt.documents.digest != record.digest:  # other bytes: another pyarrow, or other documents?
-                theirs = footer_of(open_parquet(self.folder, receipt.documents).schema_arrow.metadata)
+                theirs = footer_of(open_parquet(self.folder, receipt.documents).metadata.metadata)
                 if theirs.get("content") != content:
                     raise TidecacheError(
                         f"{self.folder / path}: the documents stored at positions {shard.documents_name} differ from "
