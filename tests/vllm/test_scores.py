@@ -134,7 +134,7 @@ def test_many_small_batches_give_the_same(qwen3: Path, start: Start) -> None:
     requests = noised(VOCABULARY, (5, 33, 60), draws=4)
     heard: list[int] = []
     small = start(qwen3, "bd3lm", 32, batch_tokens=256).score(requests, 4, heard.append)
-    assert len(heard) > 3
+    assert len(heard) >= 3
     assert sum(heard) == len(small.gold_logp_N)
     assert_agree(small, load(qwen3, "transformers", "bd3lm", 32, MASK_ID).score(requests, 4))
 
