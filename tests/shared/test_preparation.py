@@ -127,7 +127,9 @@ def test_chats_are_cut_within_every_limit(tiny, turns: list[tuple[str, str]], li
     preparer = Preparer(tiny[0], [tiny[1]], limits, "none")
     prepared = preparer.prepare(raw)
     if isinstance(prepared, Dropped):
-        assert prepared.reason in (EMPTY, NOTHING_TRAINABLE)
+        # An answer of line ends alone is swallowed by the template's own: its tokens straddle, and no boundary is common.
+        blank = all(not m.content.strip() for m in raw.messages if m.trainable)
+        assert prepared.reason in (EMPTY, NOTHING_TRAINABLE) or (prepared.reason == NO_BOUNDARY and blank)
         return
     check(prepared, raw, preparer, limits)
     kept = len(prepared.messages)
