@@ -276,7 +276,7 @@ def cross_entropy(
     nll_N = _raised(nll_N)
     weight_B = cross_entropy_weight(timestep_B).to(nll_N.dtype)
     if normalisation == "sequence":
-        weight_B = weight_B / torch.clamp(trainable_B, min=1).to(nll_N.dtype)
+        weight_B = weight_B / trainable_B.to(nll_N.dtype)  # a sample without any has no masked token either
     return Mean((nll_N * weight_B[sample_N]).sum(), cross_entropy_count(trainable_B, normalisation))
 
 

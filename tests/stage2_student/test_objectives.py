@@ -216,7 +216,12 @@ def test_invalid_events_count_for_nothing() -> None:
         objectives.event_log_mass(x[1:2, :3], z[1:2], valid_CE[1:2, :3], 2.0)
         for x, z in ((logit_CE, log_z_C), (teacher_logit_CE, teacher_log_z_C))
     ]
-    torch.testing.assert_close(losses(0.0)[0][0, 1:2], objectives.event_kl_loss(*narrow, 2.0))
+    alone = [
+        objectives.event_kl_loss(*narrow, 2.0),
+        objectives.reverse_event_kl_loss(*narrow, 2.0),
+        objectives.tidal_event_kl_loss(*narrow, torch.tensor([0.5]), 2.0),
+    ]
+    torch.testing.assert_close(losses(0.0)[0][:, 1], torch.cat(alone))
 
 
 def test_other_has_a_floor_on_either_side() -> None:
