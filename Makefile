@@ -2,7 +2,7 @@
 #
 #   make demo                     the whole pipeline on real text, about 10 minutes on 2 cores
 #   make test                     lint and tests
-#   make cache TEACHER=moe16b     stage 1; CORPUS, OUT, ARGS as below
+#   make cache TEACHER=moe16b     stage 1; CORPUS, OUT, ARGS as below; SPEC=paper-cross or paper-shared
 #   make train                    stage 2; CACHE, RECIPE, OUT, ARGS as below
 
 PYTHON ?= python3
@@ -13,8 +13,9 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-TEACHER ?= tiny
-CORPUS ?= stdlib
+TEACHER ?=
+CORPUS ?=
+SPEC ?=
 CACHE ?=
 RECIPE ?= reverse-calm-tidal
 OUT ?=
@@ -39,7 +40,8 @@ demo: $(INSTALLED)
 	$(BIN)/python bench/demo.py $(ARGS)
 
 cache: $(INSTALLED)
-	$(BIN)/tidecache teacher capture --teacher $(TEACHER) --corpus $(CORPUS) $(if $(OUT),--out $(OUT)) $(ARGS)
+	$(BIN)/tidecache teacher capture $(if $(SPEC),--spec $(SPEC)) $(if $(TEACHER),--teacher $(TEACHER)) \
+		$(if $(CORPUS),--corpus $(CORPUS)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 train: $(INSTALLED)
 	$(BIN)/tidecache student train --recipe $(RECIPE) $(if $(CACHE),--cache $(CACHE)) $(if $(OUT),--out $(OUT)) $(ARGS)

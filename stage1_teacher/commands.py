@@ -19,6 +19,7 @@ import typer
 
 from shared.errors import TidecacheError
 from shared.spec import CaptureSpec, StudentTokenizerSpec, TeacherSpec
+from stage1_teacher.check_command import check
 
 if TYPE_CHECKING:
     from shared.tokenization import TextTokenizer
@@ -37,6 +38,9 @@ app = typer.Typer(no_args_is_help=True, help="Stage 1: run the teacher once and 
 @app.callback()
 def group() -> None:
     """Stage 1: run the teacher once and write its likelihoods to a cache."""
+
+
+app.command()(check)
 
 
 def _take_spec(context: typer.Context, name: str | None) -> str | None:

@@ -17,6 +17,8 @@ from shared.tokenization import TextTokenizer
 from stage1_teacher.backends import ScoreRequest, Scores
 from tests.conftest import TINY_STUDENT, TINY_TEACHER
 
+TEACHER_VOCABULARY = 8192
+
 WORDS = [
     "def",
     "return",
