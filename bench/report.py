@@ -19,6 +19,7 @@ class Curve:
     x: Sequence[float]
     y: Sequence[float]
     dashed: bool = False
+    colour: int = 0  # of `COLOURS`; the same for one model in every plot
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 def svg(plot: Plot, width: int = 560, height: int = 330) -> str:
     """The plot as an SVG element with its legend at the right."""
-    left, right, top, bottom = 58, 150, 14, 44
+    left, right, top, bottom = 58, 165, 14, 44
     xs = [v for c in plot.curves for v in c.x]
     ys = [v for c in plot.curves for v in c.y]
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
@@ -79,7 +80,7 @@ def svg(plot: Plot, width: int = 560, height: int = 330) -> str:
         f"{html.escape(plot.y_label)}</text>"
     )
     for number, curve in enumerate(plot.curves):
-        colour = COLOURS[number % len(COLOURS)]
+        colour = COLOURS[curve.colour % len(COLOURS)]
         dash = ' stroke-dasharray="5 4"' if curve.dashed else ""
         points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in zip(curve.x, curve.y, strict=True))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.8"{dash}/>')
