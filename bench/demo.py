@@ -102,14 +102,14 @@ def main() -> None:
     measured = out / "evaluation.json"
     models = [argument for recipe in STUDENTS for argument in ("--model", str(out / recipe))]
     stages.append(pipeline.run("evaluation", measured, [
-        "student", "evaluate", "--cache", str(cache / "held-out"), "--model", "tiny", *models,
+        "student", "score", "--cache", str(cache / "held-out"), "--model", "tiny", *models,
         "--limit", str(options.held_out_documents), "--json", str(measured),
     ]))  # fmt: skip
     report(out, options, stages, json.loads(measured.read_text()))
 
 
 def report(out: Path, options: argparse.Namespace, stages: list[Stage], measured: dict) -> None:
-    """Print the tables and write `report.html`. `measured` is what `student evaluate --json` wrote."""
+    """Print the tables and write `report.html`. `measured` is what `student score --json` wrote."""
     names = {"tiny": "student base", **{str(out / recipe): title for recipe, title in STUDENTS.items()}}
     rows = [(names.get(r["name"], r["name"]), r) for r in measured["rows"]]
     bins = [f"{cell['low']:.1f}–{cell['high']:.1f}" for cell in measured["rows"][0]["bins"]]
@@ -156,7 +156,9 @@ def report(out: Path, options: argparse.Namespace, stages: list[Stage], measured
     plots = [
         Plot(
             title, "timestep t (share of chunks masked)", unit,
-            [Curve(name, middle, [cell[key] for cell in row["bins"]], dashed=name.startswith("teacher")) for name, row in rows],
+            [Curve(name, middle, [cell[key] for cell in row["bins"]], name.startswith("teacher"), colour)
+                for colour, (name, row) in enumerate(rows)
+            ],
         )
         for title, key, unit in (
             ("Bits per byte of masked chunks", "bits_per_byte", "bits per byte"),
@@ -164,7 +166,11 @@ def report(out: Path, options: argparse.Namespace, stages: list[Stage], measured
         )
     ]  # fmt: skip
     for title, key in (("Cross-entropy while training", "ce"), ("Distillation loss while training", "distill")):
-        curves = [Curve(name, *curve) for name, curve in training_curves(out, key) if any(curve[1])]
+        curves = [
+            Curve(name, *curve, colour=1 + number)
+            for number, (name, curve) in enumerate(training_curves(out, key))
+            if any(curve[1])
+        ]
         plots.append(Plot(title, "optimiser step", "mean of the last 20 steps", curves))
     text = page(
         "tidecache: one teacher run, four students",

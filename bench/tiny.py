@@ -360,6 +360,9 @@ def train(name: str, out: Path, save_every: int = 100) -> None:
     model.half().save_pretrained(folder / "final")
     tokenizer.save_pretrained(folder / "final")
     (folder / "final" / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
+    if recipe.block_size is not None:
+        metadata = {"format": 1, "block_size": recipe.block_size, "mask_token": MASK}
+        (folder / "final" / "tidecache.json").write_text(json.dumps(metadata, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`tidecache student train` and `tidecache student evaluate`.
+"""`tidecache student train` and `tidecache student score`; the commands of `commands_use` join the group.
 
 Heavy imports happen inside the commands, so that `--help` stays fast.
 """
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from shared.errors import TidecacheError
+from stage2_student import commands_use
 
 app = typer.Typer(no_args_is_help=True, help="Stage 2: train students from a cache, and measure them.")
 
@@ -107,15 +108,16 @@ def train(
 
 
 @app.command()
-def evaluate(
+def score(
     model: Annotated[list[str] | None, typer.Option(help="Student: a folder or a Hugging Face id; repeatable.")] = None,
+    autoregressive: Annotated[list[str] | None, typer.Option(help="Autoregressive model beside; repeatable.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Cache folder. Default: the newest cache's held-out part.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per block. Default: the model's own, or 32.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first documents.", min=1)] = None,
     batch: Annotated[int, typer.Option(help="Rows per batch.", min=1)] = 16,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers there as JSON.")] = None,
 ) -> None:
-    """Bits per byte, top-1 accuracy and calibration error of masked chunks by timestep, beside the teacher's."""
+    """Held-out quality: bits per byte, top-1 accuracy and calibration of masked chunks by timestep, beside the teacher's."""
     import torch
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
@@ -123,6 +125,7 @@ def evaluate(
     from shared.cache import open_cache
     from shared.cache.manifest import HELD_OUT_FOLDER
     from stage2_student import evaluation
+    from stage2_student import score as scoring
     from stage2_student.model import load_student
 
     transformers_logging.disable_progress_bar()
@@ -134,18 +137,30 @@ def evaluate(
         student = load_student(embedded_or(name))
         size = block_size or student.block_size or 32
         found[name] = evaluation.evaluate(student, opened, size, limit, batch, device)
+    bounds = {name: scoring.bound(e) for name, e in found.items()}
+    others = {
+        name: scoring.autoregressive(load_student(embedded_or(name)), opened, limit, device)
+        for name in autoregressive or []
+    }
+    console = Console()
+    console.print(scoring.table(found, others))
     # The teacher saw another context than the students, so its rows stand last and apart.
     found |= {f"teacher, {context}": e for context, e in evaluation.evaluate_teacher(opened, limit).items()}
-    Console().print(evaluation.table(found))
+    console.print(evaluation.table(found))
     if json_file is not None:
         described = {
             "cache": str(source),
             "fingerprint": opened.spec.fingerprint,
             "bins": evaluation.bin_names(),
             "rows": [{"name": name, **e.to_json()} for name, e in found.items()],
+            "bits_per_byte_bound": bounds,
+            "autoregressive": {name: measured.to_json() for name, measured in others.items()},
         }
         try:
             json_file.parent.mkdir(parents=True, exist_ok=True)
             json_file.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise TidecacheError(f"{json_file}: cannot be written ({error.strerror}): choose another --json") from error
+
+
+app.registered_commands += commands_use.app.registered_commands

@@ -3,9 +3,9 @@
 The topk lane holds fillings in the teacher's tokens. A filling becomes an event of the student if its bytes are valid
 UTF-8, hold no special token, and tokenise in place of the gold, in context, to exactly as many student tokens as the
 chunk has, with every other token left as it was. Retokenising the whole document for each candidate is exact and slow
-(`spell_in_document`). `Speller` encodes a small window instead, from one single space between two visible characters to
-another: there byte-level and SentencePiece tokenizers split whatever lies beyond. A window counts only if it reproduces
-the document's tokens with the gold in place; otherwise it grows, up to the whole document.
+(`spell_in_document`). `Speller` encodes a small window instead, between two places where a visible character meets white
+space: there byte-level and SentencePiece tokenizers split the text whatever lies beyond. A window counts only if it
+reproduces the document's tokens with the gold in place; otherwise it grows, up to the whole document.
 
 Shape suffixes: Q scored own chunks of a row, E events of a row, P tokens of all events in order.
 """
@@ -85,8 +85,8 @@ def _middle(ids: list[int], before: list[int], after: list[int], count: int) -> 
 class _Window:
     """Tokens [first, stop) of a document around an own chunk, which reproduce it when encoded alone."""
 
-    prefix: bytes
-    suffix: bytes
+    prefix: str
+    suffix: str
     before: list[int]
     after: list[int]
 
@@ -96,39 +96,67 @@ class Speller:
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer
+        self._length_V = np.array([len(spelled) for spelled in tokenizer.token_bytes], np.int64)
+        self._known = frozenset(tokenizer.token_bytes)
+        self._special_ids = frozenset(np.flatnonzero(tokenizer.special).tolist())
+
+    def _may_be(self, candidate: bytes, count: int) -> bool:
+        """Whether `count` tokens can spell the candidate at all; a cheap no for one or two, which most chunks have."""
+        if count == 1:
+            return candidate in self._known
+        if count == 2:
+            return any(
+                candidate[:at] in self._known and candidate[at:] in self._known for at in range(1, len(candidate))
+            )
+        return True
 
     def spell(self, view: View, wanted: Sequence[tuple[int, bytes]]) -> list[Spelling]:
         """The ids of each (own chunk, candidate bytes); None for those that are no events."""
-        new = [key for key in dict.fromkeys(wanted) if key not in view.spelled]
-        decodable = []
+        spelled = view.spelled
+        new = [key for key in dict.fromkeys(wanted) if key not in spelled]
+        count_O = (view.own_token_stop_O - view.own_token_first_O).tolist()
+        ids_L, size_L = view.encoded.ids_L, np.diff(view.encoded.edges)
+        bytes_are_spelled = bool((self._length_V[ids_L] == size_L).all())  # no implied spaces, no offsets
+        splits_O = self._splits_characters(view)
+        possible = []
         for key in new:
-            try:
-                key[1].decode()
-                decodable.append(key)
-            except UnicodeDecodeError:
-                view.spelled[key] = None
-        windows = self._windows(view, sorted({own for own, _ in decodable}))
-        texts, keys = [], []
-        for own, candidate in decodable:
-            window = windows[own]
-            if window is None:
-                view.spelled[own, candidate] = spell_in_document(self.tokenizer, view, own, candidate)
+            own, candidate = key
+            text = None if bytes_are_spelled and not self._may_be(candidate, count_O[own]) else _decoded(candidate)
+            if text is None or splits_O[own]:
+                spelled[key] = None
             else:
-                texts.append((window.prefix + candidate + window.suffix).decode())
-                keys.append((own, candidate))
-        special, token_bytes = self.tokenizer.special, self.tokenizer.token_bytes
-        for (own, candidate), ids in zip(keys, self.tokenizer.encode_text_batch(texts), strict=True):
+                possible.append((key, text))
+        windows = self._windows(view, sorted({own for (own, _), _ in possible}))
+        texts, keys = [], []
+        for key, text in possible:
+            window = windows[key[0]]
+            if window is None:
+                spelled[key] = spell_in_document(self.tokenizer, view, *key)
+            else:
+                texts.append(window.prefix + text + window.suffix)
+                keys.append(key)
+        token_bytes = self.tokenizer.token_bytes
+        for key, ids in zip(keys, self.tokenizer.encode_text_batch(texts), strict=True):
+            own, candidate = key
             window = windows[own]
             assert window is not None
-            count = int(view.own_token_stop_O[own] - view.own_token_first_O[own])
-            middle = _middle(ids, window.before, window.after, count)
-            if middle is not None and any(special[token] for token in middle):
-                middle = None
-            elif middle is not None and b"".join([token_bytes[token] for token in middle]) != candidate:
-                # Changed by a normaliser, or by tokens that do not spell their bytes: rare, and not for windows.
-                middle = spell_in_document(self.tokenizer, view, own, candidate)
-            view.spelled[own, candidate] = middle
-        return [view.spelled[key] for key in wanted]
+            middle = _middle(ids, window.before, window.after, count_O[own])
+            if middle is not None:
+                if not self._special_ids.isdisjoint(middle):
+                    middle = None
+                elif b"".join([token_bytes[token] for token in middle]) != candidate:
+                    # Changed by a normaliser, or by tokens that do not spell their bytes: rare, not for windows.
+                    middle = spell_in_document(self.tokenizer, view, own, candidate)
+            spelled[key] = middle
+        return [spelled[key] for key in wanted]
+
+    @staticmethod
+    def _splits_characters(view: View) -> list[bool]:
+        """Per own chunk, whether it begins or ends within a character: then no text can stand in its place."""
+        text, edges = np.frombuffer(view.rendering + b" ", np.uint8), view.encoded.edges
+        within = (text[edges] & 0xC0) == 0x80
+        splits: list[bool] = (within[view.own_token_first_O] | within[view.own_token_stop_O]).tolist()
+        return splits
 
     def _windows(self, view: View, owns: Sequence[int]) -> dict[int, _Window | None]:
         """A window for each own chunk; None where only the whole document will do."""
@@ -148,15 +176,15 @@ class Speller:
                 special = int(np.searchsorted(stops, a))
                 low = int(stops[special - 1]) + 1 if special else 0
                 high = int(stops[special]) if special < len(stops) else len(edges) - 1
-                # Whatever makes an edge safe lies outside the chunk: on the left the space and the character after it,
-                # on the right the character before the space.
-                at = int(np.searchsorted(safe_byte, edges[a] - 2, side="right")) - reach
+                # Whatever makes an edge safe lies outside the chunk: on the left the white space after it, on the right
+                # the visible character before it.
+                at = int(np.searchsorted(safe_byte, edges[a] - 1, side="right")) - reach
                 first = max(low, int(safe[at])) if at >= 0 else low
                 at = int(np.searchsorted(safe, b, side="right")) - 1 + reach
                 last = min(high, int(safe[at])) if at < len(safe) else high
                 begin = int(edges[first]) + (implied_space and view.rendering[edges[first]] == _SPACE)
                 spans.append((own, begin, first, a, b, last))
-                texts.append(_decoded(view.rendering[begin : edges[last]]))
+                texts.append(_decoded(view.rendering[begin : edges[last]]) or "")
             pending = []
             for (own, begin, first, a, b, last), ids in zip(
                 spans, self.tokenizer.encode_text_batch(texts), strict=True
@@ -165,35 +193,38 @@ class Speller:
                     pending.append(own)
                     continue
                 found[own] = _Window(
-                    prefix=view.rendering[begin : edges[a]],
-                    suffix=view.rendering[edges[b] : edges[last]],
+                    prefix=view.rendering[begin : edges[a]].decode(),
+                    suffix=view.rendering[edges[b] : edges[last]].decode(),
                     before=view.encoded.ids_L[first:a].tolist(),
                     after=view.encoded.ids_L[b:last].tolist(),
                 )
         return found
 
 
-def _decoded(text: bytes) -> str:
-    """The text, or nothing where it starts or ends within a character (then no window reproduces it)."""
+def _decoded(text: bytes) -> str | None:
+    """The text; None where it starts or ends within a character."""
     try:
         return text.decode()
     except UnicodeDecodeError:
-        return ""
+        return None
 
 
 def _safe_edges(rendering: bytes, edges: IntArray) -> IntArray:
-    """Numbers of the tokens that start with a single space between two visible ASCII characters, ascending."""
-    text = np.frombuffer(rendering, np.uint8)
+    """Numbers of the tokens, ascending, that start where the text is split whatever lies on either side.
+
+    That is where a visible ASCII character is followed by white space. Only line ends after punctuation are left out:
+    the splitting rules of cl100k and its like keep these together.
+    """
+    text = np.frombuffer(rendering + b"  ", np.uint8)
     start = edges[:-1]
-    inside = (start > 0) & (start + 1 < len(text))
-    at = np.where(inside, start, 1)
-    if len(text) < 3:
-        return np.zeros(0, np.int64)
+    before, at = text[start - 1], text[start]  # for start 0: the space that was added
+    alphanumeric = _among(before, b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    visible = (before > _SPACE) & (before < 0x7F)
+    return np.flatnonzero((visible & _among(at, b" \t")) | (alphanumeric & _among(at, b"\n\r")))
 
-    def visible(byte: npt.NDArray[np.uint8]) -> BoolArray:
-        return np.asarray((byte > _SPACE) & (byte < 0x7F))
 
-    return np.flatnonzero(inside & (text[at] == _SPACE) & visible(text[at - 1]) & visible(text[at + 1]))
+def _among(byte: npt.NDArray[np.uint8], allowed: bytes) -> BoolArray:
+    return np.isin(byte, np.frombuffer(allowed, np.uint8))
 
 
 def chunk_events(
@@ -225,8 +256,9 @@ def chunk_events(
     log_z_total = np.concatenate([[0.0], np.cumsum(scores.log_z_MT[:, temperature_column], dtype=np.float64)])
     log_z_Q = log_z_total[stop_Q] - log_z_total[first_Q]
     ids = scores.topk_ids.tolist()
-    special_P = draw.vocabulary.special_V[scores.topk_ids]
-    spell = draw.vocabulary.spell
+    special_V = draw.vocabulary.special_V
+    special = set(np.flatnonzero(special_V).tolist()) if special_V[scores.topk_ids].any() else set()
+    token_bytes = draw.vocabulary.token_bytes
 
     wanted: list[tuple[int, bytes]] = []
     mass: list[float] = []
@@ -234,23 +266,24 @@ def chunk_events(
     for q, (own, m, stop) in enumerate(zip(own_Q.tolist(), first_Q.tolist(), stop_Q.tolist(), strict=True)):
         if stop - m != 1:
             continue
-        a, b = int(view.own_token_first_O[own]), int(view.own_token_stop_O[own])
+        a, b = view.own_token_first_O[own], view.own_token_stop_O[own]
         gold = view.rendering[view.encoded.edges[a] : view.encoded.edges[b]]
-        n, at = int(count_M[m]), int(start_M[m])
+        n, begin = int(count_M[m]), int(start_M[m])
+        log_z = float(log_z_Q[q])
         by_bytes: dict[bytes, float] = {}
-        for number, logp in enumerate(scores.topk_logp_MK[m].tolist()):
-            begin = at + number * n
-            if logp == -np.inf or special_P[begin : begin + n].any():
+        for logp in scores.topk_logp_MK[m].tolist():
+            filling = ids[begin : begin + n]
+            begin += n
+            spelling = b"".join([token_bytes[token] for token in filling])
+            if spelling == gold or (special and not special.isdisjoint(filling)):
                 continue
-            spelling = spell(ids[begin : begin + n])
-            if spelling == gold:
-                continue
-            scaled = logp / temperature - log_z_Q[q]
-            by_bytes[spelling] = float(np.logaddexp(by_bytes[spelling], scaled)) if spelling in by_bytes else scaled
-        for spelling, scaled in by_bytes.items():
-            wanted.append((own, spelling))
-            mass.append(scaled)
-            chunk.append(q)
+            scaled = logp / temperature - log_z
+            if spelling in by_bytes:
+                scaled = float(np.logaddexp(by_bytes[spelling], scaled))
+            by_bytes[spelling] = scaled
+        wanted += [(own, spelling) for spelling in by_bytes]
+        mass += by_bytes.values()
+        chunk += [q] * len(by_bytes)
 
     spelled = speller.spell(view, wanted)
     gold_mass_Q = teacher_logp_Q.astype(np.float64) / temperature - log_z_Q

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from shared.documents import Message
 from shared.errors import TidecacheError
@@ -115,6 +116,7 @@ def open_checkpoint(
     Raises:
         TidecacheError: nothing to load, no mask token, no block size or another one, no such device or dtype.
     """
+    transformers_logging.disable_progress_bar()
     source = TINY if str(path) == "tiny" and not Path("tiny").is_dir() else path
     student = load_student(source)
     if student.mask_added:

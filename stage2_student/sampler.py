@@ -90,8 +90,9 @@ class SampleOptions:
 class Usage:
     """What sampling took and gave.
 
-    `forwards`: passes of the model; `row_forwards`: passes times rows; `positions`: token positions that went through
-    the model (padding included); `tokens`: tokens of the responses, end tokens included.
+    `forwards`: passes of the model; `row_forwards`: per row, the passes in which it still had masked tokens, summed;
+    `positions`: token positions that went through the model, padding and waiting rows included; `tokens`: tokens of the
+    responses, end tokens included.
     """
 
     forwards: int = 0
@@ -101,15 +102,8 @@ class Usage:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Tokens that a row gains per pass, re-encoding included (it costs no pass of its own)."""
+        """Tokens that a row gains per pass of its own, whatever its company; re-encoding costs no pass."""
         return self.tokens / self.row_forwards if self.row_forwards else 0.0
-
-    def add(self, other: Usage) -> None:
-        """Add another's counts."""
-        self.forwards += other.forwards
-        self.row_forwards += other.row_forwards
-        self.positions += other.positions
-        self.tokens += other.tokens
 
 
 @dataclass(frozen=True)
@@ -168,24 +162,29 @@ class Sampler:
         Raises:
             TidecacheError: an empty prompt, one that holds the mask token, or one too long for the model's context.
         """
-        self._check(prompts, options)
+        for number, prompt in enumerate(prompts):
+            self.check(f"prompt {number}", prompt, options)
         if not prompts:
             return []
         with _evaluating(self.model):
             return _Batch(self, prompts, options, on_tokens, stop).run()
 
-    def _check(self, prompts: Sequence[Sequence[int]], options: SampleOptions) -> None:
+    def check(self, name: str, prompt: Sequence[int], options: SampleOptions) -> None:
+        """Refuse a prompt that cannot be used; `name` is what errors call it.
+
+        Raises:
+            TidecacheError: see `sample`.
+        """
         context = getattr(self.model.config, "max_position_embeddings", None)
-        for number, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise TidecacheError(f"prompt {number} has no tokens: expected at least one")
-            if self.mask_id in prompt:
-                raise TidecacheError(f"prompt {number} holds the mask token (id {self.mask_id}): take it out")
-            if context is not None and len(prompt) + options.max_new_tokens > context:
-                raise TidecacheError(
-                    f"prompt {number} has {len(prompt)} tokens, which with {options.max_new_tokens} new ones is more "
-                    f"than the model's context of {context}: shorten it or lower --max-new-tokens"
-                )
+        if not len(prompt):
+            raise TidecacheError(f"{name} has no tokens: expected at least one")
+        if self.mask_id in prompt:
+            raise TidecacheError(f"{name} holds the mask token (id {self.mask_id}): take it out")
+        if context is not None and len(prompt) + options.max_new_tokens > context:
+            raise TidecacheError(
+                f"{name} has {len(prompt)} tokens, which with {options.max_new_tokens} new ones is more than the model's "
+                f"context of {context}: shorten it or lower --max-new-tokens"
+            )
 
     @torch.inference_mode()
     def predict(self, hidden_ND: Tensor, uniform_N: Tensor | None, options: SampleOptions) -> tuple[Tensor, Tensor]:
@@ -280,6 +279,7 @@ class _Batch:
         while bool(masked_BK.any()):
             hidden_BKD = self._pass(clean if self.cache is not None else 0, start, stop)
             clean = start
+            self.sampler.usage.row_forwards += int(masked_BK.any(dim=1).sum())
             self._commit(hidden_BKD, masked_BK, start)
             self._settle(masked_BK, start, stop)
         return clean
@@ -308,7 +308,6 @@ class _Batch:
         )
         usage = self.sampler.usage
         usage.forwards += 1
-        usage.row_forwards += len(self.rows)
         usage.positions += len(self.rows) * (stop - begin)
         hidden_BSD: Tensor = output.last_hidden_state
         return hidden_BSD[:, start - begin :]

@@ -2,11 +2,12 @@
 
 Benchmarks of code run what a model wrote. `sandbox_child` does so in a fresh interpreter and an empty folder, after
 giving up what it does not need: processor time, memory, file sizes and open files are capped; where the kernel allows
-(Linux: namespaces, Landlock) there is no network, nothing outside the folder can be written, and little can be read; and
-an audit hook of the interpreter refuses sockets, processes and writing elsewhere on any system. A program passes if it
-runs to its end, which the child reports with a token that the program is not told; `sys.exit(0)` halfway does not count.
+(Linux: namespaces, Landlock) there is no network, nothing outside the folder can be written, and little can be read;
+and an audit hook of the interpreter refuses sockets, processes and writing elsewhere on any system. A program passes if
+it runs to its end, which the child reports with a token that the program is not told; `sys.exit(0)` does not count.
 
-This guards against accidents of generated code, not against an adversary: run evaluations as a user with little to lose.
+This guards against accidents of generated code, not against an adversary: run evaluations as a user with little to
+lose.
 """
 
 from __future__ import annotations

@@ -32,9 +32,7 @@ def test_every_field_of_a_recipe_can_be_given_as_an_option() -> None:
     assert set(TrainConfig.__dataclass_fields__) <= options
 
 
-def test_train_then_evaluate(
-    cache: Cache, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_then_score(cache: Cache, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     options = ["--steps", "2", "--batch", "2", "--learning-rate", "1e-3", "--recipe", "tide-cross", "--save-steps", "0"]
     result = runner.invoke(commands.app, ["train", "--cache", str(cache.path), "--base", str(student_folder), *options])
@@ -50,7 +48,7 @@ def test_train_then_evaluate(
     )
 
     saved = tmp_path / "new" / "scores.json"
-    arguments = ["evaluate", "--cache", str(cache.path), "--limit", "2", "--json", str(saved)]
+    arguments = ["score", "--cache", str(cache.path), "--limit", "2", "--json", str(saved)]
     result = runner.invoke(commands.app, [*arguments, "--model", str(student_folder), "--model", str(out)])
     assert result.exit_code == 0, result.output
     written = json.loads(saved.read_text())

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from shared.cache.reader import Cache
 from shared.cache.records import Draw
+from shared.documents import Message, RawDocument
 from shared.tokenization import TextTokenizer
 from stage2_student.data import RowMaker, view_document
 from stage2_student.events import Speller, spell_in_document
+from tests.conftest import TINY_TEACHER
 from tests.stage2_student import synthetic
 
 BLOCK = 32
@@ -69,6 +72,45 @@ def test_awkward_candidates(cache: Cache, tokenizer: TextTokenizer) -> None:
     wanted = [(own, candidate) for own in range(len(view.own_first_O)) for candidate in awkward]
     for (own, candidate), spelled in zip(wanted, Speller(tokenizer).spell(view, wanted), strict=True):
         assert spelled == spell_in_document(tokenizer, view, own, candidate), (own, candidate)
+
+
+def test_splitting_rules_of_other_tokenizers(cache: Cache) -> None:
+    """The teacher's rules are Qwen's: line ends stick to punctuation, digits come in threes."""
+    other = TextTokenizer.load(TINY_TEACHER)
+    edits = [
+        b" ",
+        b"\n",
+        b"\n        ",
+        b"):\n",
+        b"\t",
+        b"7",
+        b" 1234",
+        b"x",
+        b" self",
+        b"...",
+        b"'t",
+        b"  \n",
+        "ß".encode(),
+    ]
+    for stored in cache.read_documents(0)[:3]:
+        view = view_document(other, stored, BLOCK)
+        wanted = [(own, edit) for own in range(len(view.own_first_O)) for edit in edits]
+        for (own, candidate), spelled in zip(wanted, Speller(other).spell(view, wanted), strict=True):
+            assert spelled == spell_in_document(other, view, own, candidate), (stored.name, own, candidate)
+
+
+def test_chunks_that_split_characters(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    """A gold that is part of a character leaves a prefix that is no text; nothing can be spelled there."""
+    text = "naïve café — 東京 🙂 Ωμέγα, straße\n" * 3
+    made = synthetic.make_cache(tmp_path / "signs", [RawDocument("signs", (Message("text", text, True),), chat=False)])
+    view = view_document(tokenizer, made.read_documents(0)[0], BLOCK)
+    edits = [b"a", b" a", "é".encode(), "京".encode(), "🙂".encode(), "🙂".encode()[:2], "🙂".encode()[2:], b"\n"]
+    wanted = [(own, edit) for own in range(len(view.own_first_O)) for edit in edits]
+    spelled = Speller(tokenizer).spell(view, wanted)
+    assert spelled == [spell_in_document(tokenizer, view, *key) for key in wanted]
+    assert any(s is not None for s in spelled)
+    maker = RowMaker(tokenizer, made.spec, BLOCK, "compdemo", temperature=1.0)
+    assert all(maker.cached_row(draw).events is not None for draw in made.iter_draws())
 
 
 def test_a_tokenizer_that_puts_spaces_first_is_spelled_exactly_too(cache: Cache, sentencepiece: TextTokenizer) -> None:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 from shared.errors import TidecacheError
 from stage2_student.attention import noisy_hidden
 from stage2_student.head import Head
-from stage2_student.sampler import SampleOptions, Sampler
+from stage2_student.sampler import SampleOptions, Sampler, Usage
 
 ORACLES = Path(__file__).resolve().parent.parent / "oracles"
 torch.set_num_threads(1)
@@ -67,8 +67,11 @@ def test_a_batch_of_unequal_prompts_equals_single_runs(blocks: str, temperature:
     top_p = 0.95 if temperature else 1.0
     options = SampleOptions(32, 12, temperature=temperature, top_p=top_p, blocks=blocks, seed=3)
     together = sampler.sample(prompts, options)
+    gained = sampler.usage.tokens_per_forward
+    sampler.usage = Usage()
     singles = [sampler.sample([prompt], options)[0] for prompt in prompts]
     assert together == singles
+    assert sampler.usage.tokens_per_forward == gained  # waiting for other rows does not count
     assert len({sample.finish for sample in together}) == 2
     assert len({len(sample.ids) for sample in together}) > 3
     random = SampleOptions(12, 4, remasking="random", blocks=blocks, seed=5)
@@ -231,7 +234,8 @@ def test_prompts_that_cannot_be_used_are_refused(prompts: list[list[int]], optio
     "options",
     [
         {"remasking": "never"}, {"blocks": "prompt"}, {"max_new_tokens": 0}, {"steps": -1}, {"temperature": -1.0},
-        {"top_p": 0.0, "temperature": 1.0}, {"top_p": 0.5}, {"threshold": 0.0}, {"threshold": 0.9, "remasking": "random"},
+        {"top_p": 0.0, "temperature": 1.0}, {"top_p": 0.5}, {"threshold": 0.0},
+        {"threshold": 0.9, "remasking": "random"},
     ],
 )  # fmt: skip
 def test_options_that_mean_nothing_are_refused(options: dict[str, object]) -> None:
