@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"))
     parser.add_argument("--documents", type=int, default=400, help="documents to capture, held-out ones among them")
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--held-out-documents", type=int, default=60)
     parser.add_argument("--fresh", action="store_true", help="forget an earlier run's results and start over")

@@ -39,6 +39,7 @@ from shared.spec import FORMAT_VERSION, CaptureSpec, differences
 
 MANIFEST_SHARE = 0.05  # at most this share of the time goes into writing the manifest again after each shard
 COMMIT_ATTEMPTS = 5
+MAX_SHARD_BYTES = 64_000_000  # a shard is read whole (DESIGN §2)
 
 
 class CacheWriter:
@@ -117,8 +118,8 @@ class CacheWriter:
         A shard that is there already stays as it is. The statistics of the footer are computed here.
 
         Raises:
-            TidecacheError: NaN or positive log-likelihoods, a full disk, a shard that overlaps another, or documents
-                that differ from those stored at these positions.
+            TidecacheError: NaN or positive log-likelihoods, a full disk, a shard above `MAX_SHARD_BYTES` or overlapping
+                another, or documents that differ from those stored at these positions.
             ValueError: records that do not fit their documents or the range (a defect of the caller).
         """
         completed = self.completed
@@ -145,6 +146,7 @@ class CacheWriter:
             counts=count_shard(stored, dropped, [(d, r.timestep, r.masked_C) for d, r in rows]),
             content=content,
         )
+        _refuse_large(shard, len(stored), documents_file[0].size_bytes + likelihoods_file[0].size_bytes)
         self._commit(receipt, [documents_file, likelihoods_file])
         if time.monotonic() - self._manifest_written > self._manifest_seconds / MANIFEST_SHARE:
             self.finish()
@@ -326,3 +328,13 @@ def _check_scores(spec: CaptureSpec, where: str, scores: ContextScores, chunks: 
             raise TidecacheError(
                 f"{where}: the teacher {spec.teacher.name} gave {found} log-likelihoods: check its weights and dtype"
             )
+
+
+def _refuse_large(shard: ShardRange, documents: int, size_bytes: int) -> None:
+    """Readers hold a few whole shards in memory, so no shard may be large; what is complete already stays."""
+    if size_bytes > MAX_SHARD_BYTES:
+        fewer = max(1, documents * MAX_SHARD_BYTES // (2 * size_bytes))
+        raise TidecacheError(
+            f"shard {shard.name} would have {size_bytes:,} bytes, more than {MAX_SHARD_BYTES:,}: run the capture again "
+            f"with --documents-per-shard {fewer}; it goes on from what is complete"
+        )

@@ -159,6 +159,18 @@ def test_overlapping_shards_are_refused(tmp_path):
     assert verify(tmp_path).problems == ()
 
 
+def test_a_large_shard_is_refused_and_a_smaller_one_goes_on(tmp_path, monkeypatch):
+    writer = CacheWriter.open(tmp_path, synthetic.spec(), synthetic.vocabulary())
+    synthetic.write(writer, ShardRange(0, 2, 0, 2))
+    size = sum(r.size_bytes for r in (writer.completed[0].documents, *writer.completed[0].likelihoods))
+    monkeypatch.setattr("shared.cache.writer.MAX_SHARD_BYTES", size + size // 5)
+    with pytest.raises(TidecacheError, match=r"run the capture again with --documents-per-shard [1-4];"):
+        synthetic.write(writer, ShardRange(2, 12, 0, 2))
+    synthetic.write(writer, ShardRange(2, 4, 0, 2))
+    assert [r.range for r in writer.finish().shards] == [ShardRange(0, 2, 0, 2), ShardRange(2, 4, 0, 2)]
+    assert verify(tmp_path).problems == ()
+
+
 def test_other_documents_at_the_same_positions_are_refused(tmp_path):
     writer = synthetic.build(tmp_path, documents=4, draws=2)
     with pytest.raises(TidecacheError, match="differ from those of this corpus"):
