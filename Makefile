@@ -22,7 +22,7 @@ OUT ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo cache train test lint format test-slow test-vllm vllm-env tiny bench clean
+.PHONY: help install demo cache train test lint format test-slow test-vllm vllm-env tiny clean
 
 help:
 	@sed -n '3,6s/^# *//p' Makefile

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from shared.errors import TidecacheError
+from shared.logits import logit_transform
 from stage1_teacher.backends import Scores
 
 TILE_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}  # float32 logits of one tile
@@ -52,15 +53,12 @@ class Head:
             raise TidecacheError(
                 f"teacher {where}: the tokenizer knows {vocabulary} tokens, and the head has {rows} rows: they do not belong together"
             )
-        config = model.config
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        transform = logit_transform(model.config)
         return cls(
             weight_VD=linear.weight.detach()[:vocabulary].float(),
             bias_V=None if linear.bias is None else linear.bias.detach()[:vocabulary].float(),
-            scale=scale,
-            soft_cap=getattr(config, "final_logit_softcapping", None),
+            scale=transform.scale,
+            soft_cap=transform.soft_cap,
         )
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from shared.documents import IntArray
+from shared.ragged import ranges
 from stage2_student.data import Coverage, Row
 
 
@@ -108,7 +109,7 @@ class Collator:
 
         first_C = _joined([number_BL[b][row.token_first_Q] for b, row in enumerate(kept)])
         count_C = _joined([row.token_stop_Q - row.token_first_Q for row in kept])
-        position_M = np.repeat(first_C - (np.cumsum(count_C) - count_C), count_C) + np.arange(count_C.sum())
+        position_M = ranges(first_C, count_C)
         return Batch(
             noisy_BL=torch.from_numpy(noisy_BL),
             clean_BL=torch.from_numpy(clean_BL),
@@ -154,9 +155,8 @@ def _event_tensors(rows: Sequence[Row], first_C: IntArray, count_C: IntArray) ->
     teacher_CE[chunk_X, number_X] = mass_X
     valid_CE[chunk_X, number_X] = True
     count_X = count_C[chunk_X]
-    within_P = np.arange(count_X.sum()) - np.repeat(np.cumsum(count_X) - count_X, count_X)
     return EventTensors(
-        position_P=torch.from_numpy(np.repeat(first_C[chunk_X], count_X) + within_P),
+        position_P=torch.from_numpy(ranges(first_C[chunk_X], count_X)),
         id_P=torch.from_numpy(np.concatenate(ids)),
         event_P=torch.from_numpy(np.repeat(chunk_X * width + number_X, count_X)),
         teacher_CE=torch.from_numpy(teacher_CE),

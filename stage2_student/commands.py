@@ -14,21 +14,16 @@ import typer
 
 from shared.errors import TidecacheError
 from stage2_student import commands_use
+from stage2_student.config import EMBEDDED, embedded_or
 
 app = typer.Typer(no_args_is_help=True, help="Stage 2: train students from a cache, and measure them.")
 
-EMBEDDED = "tiny"
 DEFAULT_RECIPE = "reverse-calm-tidal"
 
 
 @app.callback()
 def student() -> None:
     """Stage 2: train students from a cache, and measure them."""
-
-
-def embedded_or(name: str) -> str:
-    """`tiny` is the embedded base, unless there is a folder of that name; anything else stays as it is."""
-    return str(Path(__file__).resolve().parent / EMBEDDED) if name == EMBEDDED and not Path(name).is_dir() else name
 
 
 def newest_cache(home: Path | None = None) -> Path:

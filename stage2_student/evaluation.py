@@ -23,6 +23,7 @@ from rich.table import Table
 
 from shared.cache.reader import Cache
 from shared.cache.records import Draw
+from shared.cache.statistics import best_is_gold
 from shared.errors import TidecacheError
 from stage2_student.batch import Batch, Collator
 from stage2_student.data import RowMaker
@@ -239,23 +240,14 @@ def _add_teacher(chunks: _Chunks, draw: Draw, context: str) -> None:
     scores, stored = draw.scores[context], draw.stored
     if not len(draw.chunks) or scores.topk_ids is None or scores.topk_logp_MK is None:
         return
-    count_M = draw.token_count_M
-    k = scores.topk_logp_MK.shape[1]
-    gold_start_C = np.cumsum(stored.token_count_C) - stored.token_count_C
-    begin_M = np.cumsum(k * count_M) - k * count_M
-    best = scores.topk_ids[np.repeat(begin_M - (np.cumsum(count_M) - count_M), count_M) + np.arange(count_M.sum())]
-    gold_first_M = gold_start_C[draw.chunks]
-    gold = stored.token_ids_N[
-        np.repeat(gold_first_M - (np.cumsum(count_M) - count_M), count_M) + np.arange(count_M.sum())
-    ]
-    wrong_M = np.add.reduceat((best != gold).astype(np.int64), np.cumsum(count_M) - count_M)
+    right_M = best_is_gold(stored, draw.chunks, scores.topk_ids, scores.topk_logp_MK.shape[1])
     size_M = (stored.chunks.stop_C - stored.chunks.start_C)[draw.chunks]
     chunks.add(
         np.full(len(draw.chunks), draw.timestep),
         size_M,
         draw.gold_logp_of(context),
         np.exp(np.minimum(scores.topk_logp_MK[:, 0], 0.0)),
-        wrong_M == 0,
+        right_M,
     )
 
 

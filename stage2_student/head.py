@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from shared.errors import TidecacheError
+from shared.logits import logit_transform
 
 TILE_BYTES_CPU = 8 << 20
 TILE_BYTES_GPU = 256 << 20
@@ -54,11 +55,8 @@ class Head:
             raise TidecacheError(
                 f"{type(model).__name__} has no linear head: take a causal LM, such as Qwen3ForCausalLM"
             )
-        config = model.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
-        scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
-        cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-        head = cls(linear.weight, getattr(linear, "bias", None), None if cap is None else float(cap), scale)
+        transform = logit_transform(model.config)
+        head = cls(linear.weight, getattr(linear, "bias", None), transform.soft_cap, transform.scale)
         head._check(model)
         return head
 

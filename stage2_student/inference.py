@@ -25,10 +25,10 @@ from transformers.utils import logging as transformers_logging
 from shared.documents import Message
 from shared.errors import TidecacheError
 from shared.tokenization import IrreproducibleText, TextTokenizer
+from stage2_student.config import embedded_or
 from stage2_student.model import Student, load_student
 from stage2_student.sampler import Sampler
 
-TINY = Path(__file__).parent / "tiny"
 EMPTY_THINK_BLOCK = "<think>\n\n</think>\n\n"
 THINK_BLOCK = re.compile(r"<think>.*?</think>\s*", flags=re.DOTALL)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -117,8 +117,7 @@ def open_checkpoint(
         TidecacheError: nothing to load, no mask token, no block size or another one, no such device or dtype.
     """
     transformers_logging.disable_progress_bar()
-    source = TINY if str(path) == "tiny" and not Path("tiny").is_dir() else path
-    student = load_student(source)
+    student = load_student(embedded_or(str(path)))
     if student.mask_added:
         raise TidecacheError(
             f"{path}: the tokenizer has no mask token, so this is no block-diffusion checkpoint: train one from it "

@@ -25,6 +25,7 @@ from shared.cache.records import ContextScores, Draw, DrawRecord, StoredDocument
 from shared.cache.vocabulary import TeacherVocabulary
 from shared.documents import Chunks, Message, PreparedDocument
 from shared.errors import TidecacheError
+from shared.ragged import ranges
 from shared.spec import CaptureSpec
 
 LOGP_BITS = 11  # significant bits of stored log-likelihoods
@@ -103,8 +104,7 @@ def stored_document(position: int, document: PreparedDocument) -> StoredDocument
     """What the cache keeps of a prepared document."""
     first_C, stop_C = document.teacher.token_ranges(document.chunks)
     count_C = (stop_C - first_C).astype(np.int64)
-    start_C = np.cumsum(count_C) - count_C
-    index_N = np.arange(count_C.sum()) + np.repeat(first_C - start_C, count_C)
+    index_N = ranges(first_C, count_C)
     return StoredDocument(
         key=document.key,
         name=document.name,

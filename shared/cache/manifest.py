@@ -135,17 +135,9 @@ class Receipt:
 
 
 @dataclass(frozen=True)
-class Totals:
-    """Of the whole cache; documents counted once, however many draw ranges they have. `timesteps`: draws by bin."""
+class Totals(Counts):
+    """Of the whole cache; documents counted once, however many draw ranges they have."""
 
-    documents: int
-    dropped: Mapping[str, int]
-    cut: int
-    chunks: int
-    draws: int
-    masked_chunks: int
-    scored_tokens: int
-    timesteps: tuple[int, ...]
     size_bytes: int  # of all data files, manifest and receipts apart
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from shared.cache.manifest import Counts
 from shared.cache.records import ContextScores, DrawRecord, StoredDocument
 from shared.documents import Dropped
+from shared.ragged import ranges
 from shared.spec import CaptureSpec
 
 TIMESTEP_BINS = 10
@@ -134,7 +135,7 @@ def add_draw(
     bin_M = np.minimum((confidence_M * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
     total.confident_BE[b] += np.bincount(bin_M, minlength=CONFIDENCE_BINS)
     total.confidence_BE[b] += np.bincount(bin_M, weights=confidence_M, minlength=CONFIDENCE_BINS)
-    hits_M = _best_is_gold(document, record, exact.topk_ids, exact.topk_logp_MK.shape[1])
+    hits_M = best_is_gold(document, np.flatnonzero(record.masked_C), exact.topk_ids, exact.topk_logp_MK.shape[1])
     total.hits_BE[b] += np.bincount(bin_M, weights=hits_M, minlength=CONFIDENCE_BINS)
 
 
@@ -159,14 +160,13 @@ def _with_other(p_MTK: Array) -> Array:
     return np.asarray(events_MTE / events_MTE.sum(2, keepdims=True))
 
 
-def _best_is_gold(
-    document: StoredDocument, record: DrawRecord, topk_ids: npt.NDArray[np.int32], k: int
+def best_is_gold(
+    document: StoredDocument, chunk_M: npt.NDArray[np.int64], topk_ids: npt.NDArray[np.int32], k: int
 ) -> npt.NDArray[np.bool_]:
-    """hits_M: whether the best filling's ids are the gold's."""
+    """hits_M: whether the best filling's ids are the gold's, for M ≥ 1 masked chunks with k fillings each."""
     count_C = document.token_count_C
-    count_M = count_C[record.masked_C]
+    count_M = count_C[chunk_M]
     start_M = np.cumsum(count_M) - count_M
-    within_N = np.arange(count_M.sum()) - np.repeat(start_M, count_M)
-    best_N = topk_ids[k * np.repeat(start_M, count_M) + within_N]
-    gold_N = document.token_ids_N[np.repeat(record.masked_C, count_C)]
+    best_N = topk_ids[ranges(k * start_M, count_M)]
+    gold_N = document.token_ids_N[ranges((np.cumsum(count_C) - count_C)[chunk_M], count_M)]
     return np.logical_and.reduceat(best_N == gold_N, start_M)

@@ -25,6 +25,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from shared.ragged import ranges
+
 Ints = npt.NDArray[np.int64]
 CLEAN, NOISY, PADDING = 0, 1, 2
 
@@ -130,7 +132,7 @@ def _noisy_blocks(length: int, block: int, page: int, clean: int) -> tuple[Spans
     padded_B = (border_B + size_B > stop_B).astype(np.int64)
     spans_B = repeated_B + 1 + padded_B
     of_S = np.repeat(np.arange(len(first_B)), spans_B)
-    place_S = np.arange(spans_B.sum()) - np.repeat(np.cumsum(spans_B) - spans_B, spans_B)
+    place_S = ranges(np.zeros_like(spans_B), spans_B)
     after_S = place_S - repeated_B[of_S]  # < 0: repeated, 0: the block, 1: padding
     earlier_S = border_B[of_S] // block + place_S
     begin_S = np.select(
@@ -178,8 +180,7 @@ class Batch:
     @property
     def positions_P(self) -> Ints:
         """Position in its text of every token that is computed."""
-        ahead_S = np.cumsum(self.count_S) - self.count_S
-        return np.repeat(self.position_S - ahead_S, self.count_S) + np.arange(self.count_S.sum())
+        return ranges(self.position_S, self.count_S)
 
     @property
     def columns_SW(self) -> Ints:

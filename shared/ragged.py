@@ -1,0 +1,16 @@
+"""Index arithmetic for lists of unequal length that stand one after the other in a flat array, as tokens of chunks do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+
+def ranges(first_S: npt.NDArray[np.integer[Any]], count_S: npt.NDArray[np.integer[Any]]) -> IntArray:
+    """The integers first_S[0], …, first_S[0] + count_S[0] − 1, first_S[1], … one range after the other."""
+    ahead_S = np.cumsum(count_S) - count_S
+    return np.asarray(np.repeat(first_S - ahead_S, count_S) + np.arange(count_S.sum()))

@@ -1,0 +1,15 @@
+"""Ranges one after the other, against the slow way."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import numpy as np
+from hypothesis import given
+
+from shared.ragged import ranges
+
+
+@given(st.lists(st.tuples(st.integers(-50, 1000), st.integers(0, 9)), max_size=20))
+def test_ranges_are_those_of_python(spans: list[tuple[int, int]]) -> None:
+    first_S, count_S = (np.array([span[i] for span in spans], np.int64) for i in (0, 1))
+    assert ranges(first_S, count_S).tolist() == [n for first, count in spans for n in range(first, first + count)]
