@@ -1,9 +1,7 @@
 """The capture driver: corpus → documents → draws → teacher → shards, resumable at any instant (DESIGN §1, §7).
 
-Three things run side by side, each one shard ahead of the next: one thread reads, tokenises and aligns the coming
-shard, the main thread runs the teacher on this one, and one thread finds fillings, encodes and writes the last one. At
-most three shards are in memory. An exception in either thread is raised here at the next shard; a shard is complete or
-absent, so whatever stops a capture, the same command goes on from the last complete shard.
+Documents are prepared, scored and written shard by shard (`stage1_teacher.pipeline`). A shard is complete or absent, so
+whatever stops a capture, the same command goes on from the last complete shard.
 
 What a shard holds is decided by its documents and the spec alone: draws are counter-based, and teacher batches are made
 within one shard. The held-out slice of the corpus is a cache of its own with the same spec, in `held-out` beside the
@@ -17,13 +15,12 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from shared.cache.manifest import HELD_OUT_FOLDER, Manifest, Receipt
-from shared.cache.records import ShardRange
+from shared.cache.manifest import HELD_OUT_FOLDER, Manifest
 from shared.cache.vocabulary import TeacherVocabulary
 from shared.cache.writer import CacheWriter
 from shared.corpus import deduplicated, held_out_rule, in_held_out, open_corpus
@@ -32,8 +29,9 @@ from shared.errors import TidecacheError
 from shared.preparation import NO_BOUNDARY, Limits, Preparer
 from shared.spec import CaptureSpec
 from shared.tokenization import TextTokenizer
-from stage1_teacher.backends import OutOfDeviceMemoryError, ScoreRequest, Scores, Teacher
-from stage1_teacher.compdemo import PlannedDraw, Subject, plan_draw, records_of, requests_of, without_unpredictable
+from stage1_teacher.backends import Scores, Teacher
+from stage1_teacher.compdemo import Subject, plan_draw, records_of, requests_of, without_unpredictable
+from stage1_teacher.pipeline import Job, Pipeline, Timing, Watcher
 from stage1_teacher.planning import Segment, segments
 
 
@@ -58,43 +56,6 @@ class Extent:
         return (raw for raw in deduplicated(self.open()) if in_held_out(raw, share, rule) == held_out)
 
 
-class Watcher(Protocol):
-    """Hears how far a capture is; called from its threads."""
-
-    def skipped(self, documents: int) -> None:
-        """So many documents have all their draws already."""
-
-    def begun(self, documents: int, chunks: int, positions: int) -> None:
-        """The teacher starts on a shard that will complete so many documents and chunks (each context counted once)."""
-
-    def scored(self, positions: int) -> None:
-        """So many more positions of that shard are scored."""
-
-    def narrowed(self, batch_tokens: int) -> None:
-        """The device ran out of memory; the shard is done again from its start with this smaller budget."""
-
-    def written(self, receipt: Receipt) -> None:
-        """A shard is complete."""
-
-
-@dataclass
-class Timing:
-    """Seconds of the main thread: in the teacher, and waiting for the thread before it and the one after it."""
-
-    teacher: float = 0.0
-    preparing: float = 0.0
-    writing: float = 0.0
-
-    @contextlib.contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Add the time of the block to the field `name`."""
-        begin = time.monotonic()
-        try:
-            yield
-        finally:
-            setattr(self, name, getattr(self, name) + time.monotonic() - begin)
-
-
 @dataclass
 class Part:
     """What became of one slice: the cache it is in, and what this run added. `examples`: one dropped document per reason."""
@@ -106,6 +67,12 @@ class Part:
     chunks_scored: int = 0
     tokens_scored: int = 0  # over all contexts
     examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, job: Job) -> None:
+        """Count a shard that this run has written."""
+        self.shards_written += 1
+        self.chunks_scored += job.chunks
+        self.tokens_scored += job.positions
 
     def to_json(self) -> dict[str, Any]:
         """The numbers, for --json: `totals` of the whole cache, `run` of this run."""
@@ -139,18 +106,6 @@ class Report:
         }
 
 
-@dataclass(frozen=True)
-class Job:
-    """One shard on its way to the teacher."""
-
-    shard: ShardRange
-    corpus_digest: str
-    subjects: tuple[Subject, ...]
-    dropped: tuple[tuple[int, Dropped], ...]
-    draws: tuple[PlannedDraw, ...]
-    requests: tuple[ScoreRequest, ...]
-
-
 class Capture:
     """One capture into one folder; `run` does it.
 
@@ -167,7 +122,6 @@ class Capture:
         folder: Path,
         watcher: Watcher,
     ) -> None:
-        self._teacher = teacher
         self._spec = spec
         self._extent = extent
         self._folder = folder
@@ -175,7 +129,7 @@ class Capture:
         limits = Limits(spec.length_limit, tuple(s.length_limit for s in spec.students))
         self._preparer = Preparer(tokenizer, students, limits, spec.normal_form)
         self._vocabulary = TeacherVocabulary(tokenizer.name, tokenizer.digest, tokenizer.token_bytes, tokenizer.special)
-        self.timing = Timing()
+        self._pipeline = Pipeline(teacher, spec.k if "topk" in spec.lanes else 1, watcher)
 
     def run(self) -> Report:
         """Capture what is missing, training documents first.
@@ -193,7 +147,7 @@ class Capture:
         held_out = None
         if self._spec.held_out != "none":
             held_out = self._slice(self._folder / HELD_OUT_FOLDER, held_out=True)
-        return Report(self._spec, train, held_out, time.monotonic() - begin, self.timing)
+        return Report(self._spec, train, held_out, time.monotonic() - begin, self._pipeline.timing)
 
     def _slice(self, folder: Path, held_out: bool) -> Part | None:
         stream = self._extent.stream(self._spec, held_out)
@@ -210,7 +164,7 @@ class Capture:
             folder,
         )
         try:
-            self._shards(writer, self._jobs(todo, part), part)
+            self._pipeline.run(self._jobs(todo, part), partial(self._write, writer, part))
         except BaseException:  # interrupted, or an error: what is complete is entered in the manifest all the same
             with contextlib.suppress(TidecacheError):
                 writer.finish()
@@ -244,61 +198,7 @@ class Capture:
                 requests = tuple(requests_of(draws, self._spec.teacher.mask_id))
                 yield Job(shard, segment.corpus_digest, subjects, dropped, draws, requests)
 
-    def _shards(self, writer: CacheWriter, jobs: Iterator[Job], part: Part) -> None:
-        k = self._spec.k if "topk" in self._spec.lanes else 1
-        with (
-            ThreadPoolExecutor(1, "prepare") as preparing,
-            ThreadPoolExecutor(1, "write") as writing,
-        ):
-            coming: Future[Job | None] = preparing.submit(next, jobs, None)
-            last: Future[None] | None = None
-            while True:
-                with self.timing.measure("preparing"):
-                    job = coming.result()
-                if job is None:
-                    break
-                coming = preparing.submit(next, jobs, None)
-                positions = sum(len(r.positions) for r in job.requests)
-                chunks = sum(int(d.masked_C.sum()) for d in job.draws)
-                self._watcher.begun(job.shard.document_stop - job.shard.first_document, chunks, positions)
-                with self.timing.measure("teacher"):
-                    scores, budget = self._score(job, k)
-                part.chunks_scored += chunks
-                part.tokens_scored += positions
-                if last is not None:
-                    with self.timing.measure("writing"):
-                        last.result()
-                last = writing.submit(self._write, writer, job, scores, budget, part)
-            if last is not None:
-                with self.timing.measure("writing"):
-                    last.result()
-
-    def _score(self, job: Job, k: int) -> tuple[Scores, int]:
-        """The shard's scores and the batch budget that they were made with: halved until the device can do it."""
-        wanted = self._teacher.batch_tokens
-        longest = max((len(request.token_ids) for request in job.requests), default=0)
-        try:
-            while True:
-                done: list[int] = []
-
-                def heard(positions: int, done: list[int] = done) -> None:
-                    done.append(positions)
-                    self._watcher.scored(positions)
-
-                try:
-                    return self._teacher.score(job.requests, k, heard), self._teacher.batch_tokens
-                except OutOfDeviceMemoryError:
-                    if self._teacher.batch_tokens <= longest:
-                        raise
-                    self._watcher.scored(-sum(done))
-                    self._teacher.batch_tokens //= 2
-                    self._watcher.narrowed(self._teacher.batch_tokens)
-        finally:
-            # The next shard starts from the spec's budget again: what a shard is made with depends on nothing before
-            # it.
-            self._teacher.batch_tokens = wanted
-
-    def _write(self, writer: CacheWriter, job: Job, scores: Scores, budget: int, part: Part) -> None:
+    def _write(self, writer: CacheWriter, part: Part, job: Job, scores: Scores, budget: int) -> None:
         receipt = writer.write_shard(
             job.shard,
             [(subject.position, subject.document) for subject in job.subjects],
@@ -307,7 +207,7 @@ class Capture:
             job.corpus_digest,
             budget,
         )
-        part.shards_written += 1
+        part.add(job)
         self._watcher.written(receipt)
 
 
