@@ -32,12 +32,14 @@ from shared.tokenization import TextTokenizer
 from stage1_teacher.backends import Scores, Teacher
 from stage1_teacher.compdemo import Subject, plan_draw, records_of, requests_of, without_unpredictable
 from stage1_teacher.pipeline import Job, Pipeline, Timing, Watcher
-from stage1_teacher.planning import Segment, segments
+from stage1_teacher.planning import WHOLE, Segment, ShardPart, segments
 
 
 @dataclass(frozen=True)
 class Extent:
-    """What a capture covers; no part of the spec. `limit`: of documents before deduplication and split."""
+    """What a capture covers; no part of the spec. `limit`: of documents before deduplication and split; `part`: the
+    share of the shards that this run does.
+    """
 
     corpus: str
     draws: int
@@ -45,6 +47,7 @@ class Extent:
     text_column: str | None = None
     split: str = "train"
     limit: int | None = None
+    part: ShardPart = WHOLE
 
     def open(self) -> Iterator[RawDocument]:
         """The corpus as it is, from its start."""
@@ -162,6 +165,7 @@ class Capture:
             self._extent.draws,
             self._extent.documents_per_shard,
             folder,
+            self._extent.part,
         )
         try:
             self._pipeline.run(self._jobs(todo, part), partial(self._write, writer, part))
@@ -212,9 +216,12 @@ class Capture:
 
 
 def _refuse_nothing_captured(part: Part, spec: CaptureSpec) -> None:
-    """A cache of no documents is a mistake somewhere; say which, from the reasons that documents were dropped for."""
+    """A cache of no documents is a mistake somewhere; say which, from the reasons that documents were dropped for.
+
+    Only where documents were seen: a part of more than there are shards has none.
+    """
     totals = part.manifest.totals
-    if totals.documents:
+    if totals.documents or not part.documents_seen:
         return
     reasons = ", ".join(f"{count} × {reason}" for reason, count in totals.dropped.items())
     example = next(iter(part.examples.values()), "")
@@ -228,16 +235,19 @@ def _refuse_nothing_captured(part: Part, spec: CaptureSpec) -> None:
 
 
 def count_documents(extent: Extent, spec: CaptureSpec, stop: Any) -> dict[bool, int] | None:
-    """Documents by whether they are held out, for the remaining time; None where counting would mean downloading, or
-    when the event `stop` is set meanwhile.
+    """The part's documents by whether they are held out, for the remaining time; None where counting would mean
+    downloading, or when the event `stop` is set meanwhile.
     """
     if extent.corpus != "stdlib" and not Path(extent.corpus).expanduser().exists():
         return None
     rule, share = held_out_rule(spec.held_out)
+    seen: Counter[bool] = Counter()
     counts: Counter[bool] = Counter()
     with contextlib.suppress(TidecacheError):  # the capture itself reads the same corpus and says what is wrong
         for raw in deduplicated(extent.open()):
-            counts[in_held_out(raw, share, rule)] += 1
+            held_out = in_held_out(raw, share, rule)
+            counts[held_out] += extent.part.holds(seen[held_out], extent.documents_per_shard)
+            seen[held_out] += 1
             if stop.is_set():
                 return None
     return {False: counts[False], True: counts[True] if rule != "none" else 0}

@@ -89,6 +89,8 @@ def _show_plan(console: Any, spec: CaptureSpec, extent: Extent, folder: Path, pr
     layout = t.layout if t.layout == "full" else f"{t.layout}, blocks of {t.block_size}"
     shift = ", logits shifted by one" if t.logit_shift else ""
     documents = f"at most {extent.limit:,} documents" if extent.limit else "all documents"
+    if extent.part.count > 1:
+        documents += f", of these the shards of part {extent.part.number} of {extent.part.count}"
     passes = {"compdemo": "compdemo (2 passes)", "plain": "plain (1 pass)"}
     show_rows(
         console,

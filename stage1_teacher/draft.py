@@ -19,6 +19,7 @@ from shared.tokenization import TextTokenizer
 from stage1_teacher.architectures.tokenizers import teacher_tokenizer
 from stage1_teacher.capture import Extent
 from stage1_teacher.options import CaptureOptions
+from stage1_teacher.planning import WHOLE, ShardPart
 from stage1_teacher.presets import PACKAGES, Preset, find_preset, local_folder
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class Draft:
         """
         o = options
         preset = find_preset(o.teacher).with_flags(o.layout, o.block_size, o.mask_id, o.logit_shift, o.template)
-        extent = Extent(o.corpus, o.draws, o.documents_per_shard, o.text_column, o.split, o.limit)
+        part = ShardPart.parse(o.part) if o.part is not None else WHOLE
+        extent = Extent(o.corpus, o.draws, o.documents_per_shard, o.text_column, o.split, o.limit, part)
         extent.open()
         length = o.length or preset.length or LENGTH
         tokenizer = teacher_tokenizer(local_folder(preset.checkpoint), preset.name, preset.template)

@@ -82,6 +82,9 @@ BatchTokensOption = Annotated[
     int | None, typer.Option(min=1, help="Padded tokens of one teacher batch. Default: preset's.")
 ]
 DocumentsPerShardOption = Annotated[int, typer.Option(min=1, help="Documents of one shard.")]
+PartOption = Annotated[
+    str | None, typer.Option(help="i/n: the i-th of n jobs that share this capture, into one folder or several.")
+]
 TextColumnOption = Annotated[str | None, typer.Option(help="The corpus' column of plain text.")]
 SplitOption = Annotated[str, typer.Option(help="The split of a dataset that has some.")]
 
@@ -117,6 +120,7 @@ class CaptureOptions:
     dtype: DtypeOption = None
     batch_tokens: BatchTokensOption = None
     documents_per_shard: DocumentsPerShardOption = 64
+    part: PartOption = None
     text_column: TextColumnOption = None
     split: SplitOption = "train"
 

@@ -4,6 +4,8 @@ A capture asks for the first D draws of every document of a corpus. Some shards 
 interrupted, from a smaller corpus, from fewer draws, from another number of documents per shard. What is missing is found
 while the corpus streams by, never by holding it: the positions are cut at every edge of a complete shard, so that within a
 segment all documents have the same draws, and a segment's missing draws are one shard (or more, if there are gaps).
+New shards are also cut at the multiples of the documents per shard, whatever is there: so a shard's number follows from
+its first document alone, and jobs that know nothing of each other agree on whose it is (`ShardPart`).
 
 The keys of the documents that stream by are compared with the digest that each complete shard keeps of its own: another
 corpus at the same positions is refused, for its documents would get draws of two corpora.
@@ -14,6 +16,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,36 @@ from shared.cache.manifest import Receipt
 from shared.cache.records import ShardRange
 from shared.documents import RawDocument
 from shared.errors import TidecacheError
+
+
+@dataclass(frozen=True)
+class ShardPart:
+    """Every n-th shard, for one of `count` jobs that share a capture: those with shard number ≡ `number` − 1."""
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> ShardPart:
+        """Read `i/n`, 1 ≤ i ≤ n, as --part gives it.
+
+        Raises:
+            TidecacheError: it is no such thing.
+        """
+        match = re.fullmatch(r"([0-9]+)/([0-9]+)", text.strip())
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise TidecacheError(
+                f"--part: expected i/n with i from 1 to n, such as 2/8, found {text!r}; in a SLURM array that starts at 0: "
+                f"--part $((SLURM_ARRAY_TASK_ID+1))/$SLURM_ARRAY_TASK_COUNT"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def holds(self, first_document: int, documents_per_shard: int) -> bool:
+        """Whether the shard that begins with this document is one of the part's."""
+        return first_document // documents_per_shard % self.count == self.number - 1
+
+
+WHOLE = ShardPart()
 
 
 @dataclass(frozen=True)
@@ -40,9 +73,14 @@ class Segment:
 
 
 def segments(
-    corpus: Iterable[RawDocument], completed: Sequence[Receipt], draws: int, documents_per_shard: int, folder: Path
+    corpus: Iterable[RawDocument],
+    completed: Sequence[Receipt],
+    draws: int,
+    documents_per_shard: int,
+    folder: Path,
+    part: ShardPart = WHOLE,
 ) -> Iterator[Segment]:
-    """Cut the stream into segments, complete ones (nothing missing) included; at most one is in memory.
+    """Cut the stream into segments and give the part's, complete ones (nothing missing) included; one is in memory.
 
     Raises:
         TidecacheError: the corpus differs from the one that a complete shard was captured from.
@@ -54,15 +92,17 @@ def segments(
     while True:
         covering = [r.range for r in completed if r.range.first_document <= first < r.range.document_stop]
         next_edge = bisect.bisect_right(edges, first)
-        stop = edges[next_edge] if next_edge < len(edges) else first + documents_per_shard
+        next_multiple = (first // documents_per_shard + 1) * documents_per_shard
+        stop = edges[next_edge] if next_edge < len(edges) else next_multiple
         if not covering:
-            stop = min(stop, first + documents_per_shard)
+            stop = min(stop, next_multiple)
         documents = tuple(itertools.islice(stream, stop - first))
         if not documents:
             return
         digests.add(first, documents)
-        missing = tuple(_gaps([(r.first_draw, r.draw_stop) for r in covering], draws))
-        yield Segment(first, documents, missing, corpus_digest(documents))
+        if part.holds(first, documents_per_shard):
+            missing = tuple(_gaps([(r.first_draw, r.draw_stop) for r in covering], draws))
+            yield Segment(first, documents, missing, corpus_digest(documents))
         first += len(documents)
 
 

@@ -168,7 +168,9 @@ def _part_rows(part: Part) -> list[tuple[str, str]]:
     for reason, count in totals.dropped.items():
         example = f" (for example {part.examples[reason]})" if reason in part.examples else ""
         rows.append(("dropped", f"{count:,}: {reason}{example}"))
-    if not part.shards_written:
+    if not part.documents_seen:
+        rows.append(("this run", "its part has none of the shards"))
+    elif not part.shards_written:
         rows.append(("this run", "nothing was missing"))
     elif part.shards_written < len(part.manifest.shards):
         rows.append(("this run", f"{part.shards_written:,} shards, {part.chunks_scored:,} masked chunks"))

@@ -16,6 +16,7 @@ from shared.errors import TidecacheError
 from stage1_teacher import capture as driver
 from stage1_teacher.backends import Scores, Teacher, load
 from stage1_teacher.capture import Capture, Extent, count_documents
+from stage1_teacher.planning import ShardPart
 from tests.stage1_teacher.captures import HashTeacher, make_spec, texts, tokenizers, write_corpus
 from tests.stage1_teacher.models import save_model
 
@@ -201,6 +202,35 @@ def test_growth_in_documents_and_draws(teacher: Teacher, corpus: str, whole: Pat
         assert np.array_equal(draw.scores["plain"].gold_logp_N, grown[key].scores["plain"].gold_logp_N)
     run(teacher, folder, corpus, draws=1, limit=5)  # a smaller extent takes nothing away
     assert rows(folder).keys() == grown.keys()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_parts_are_one_capture(teacher: Teacher, corpus: str, tmp_path: Path, shared: bool) -> None:
+    """One job's files, byte for byte, written by three; progress counts each job's own documents."""
+    run(teacher, tmp_path / "one", corpus, size=4)
+    expected = {p.relative_to(tmp_path / "one"): p.read_bytes() for p in (tmp_path / "one").rglob("shards/*")}
+    folders, documents = [], 0
+    for number in (3, 1, 2):
+        folders.append(tmp_path / ("parts" if shared else f"part{number}"))
+        part, watcher = ShardPart(number, 3), Silent()
+        report = run(teacher, folders[-1], corpus, size=4, watcher=watcher, part=part)
+        counts = count_documents(Extent(corpus, 2, 4, part=part), SPEC, threading.Event())
+        assert report.held_out
+        assert (counts[False], counts[True]) == (report.train.documents_seen, report.held_out.documents_seen)
+        assert watcher.documents == sum(counts.values())
+        documents += watcher.documents
+    assert documents == 30
+    assert {p.relative_to(f): p.read_bytes() for f in folders for p in f.rglob("shards/*")} == expected
+    if shared:
+        for part in ("", "held-out"):
+            one, parts = (open_cache(tmp_path / name / part).manifest for name in ("one", "parts"))
+            assert one.content == parts.content
+            assert one.totals == parts.totals
+
+
+def test_more_parts_than_shards(teacher: Teacher, corpus: str, tmp_path: Path) -> None:
+    report = run(teacher, tmp_path / "cache", corpus, size=1000, part=ShardPart(2, 2))
+    assert (report.train.documents_seen, len(report.train.manifest.shards)) == (0, 0)
 
 
 def test_another_spec_is_refused_field_by_field(teacher: Teacher, corpus: str, whole: Path) -> None:

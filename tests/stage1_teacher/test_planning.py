@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shared.cache.records import ShardRange
 from shared.errors import TidecacheError
-from stage1_teacher.planning import corpus_digest, segments
+from stage1_teacher.planning import ShardPart, corpus_digest, segments
 from tests.stage1_teacher.captures import raw
 
 CORPUS = [raw(f"text {i}", str(i)) for i in range(60)]
@@ -62,6 +62,57 @@ def test_a_fresh_capture_is_cut_evenly() -> None:
         ShardRange(4, 8, 0, 3),
         ShardRange(8, 10, 0, 3),
     ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    before=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 3), st.integers(1, 20)), max_size=2),
+    length=st.integers(1, 60),
+    draws=st.integers(1, 5),
+    size=st.integers(1, 20),
+    count=st.integers(1, 6),
+    order=st.randoms(use_true_random=False),
+)
+def test_parts_in_one_folder_are_one_capture(
+    before: list, length: int, draws: int, size: int, count: int, order
+) -> None:
+    """Whatever was there before, and whatever of the others' work each part finds when it starts."""
+    completed: list = []
+    for then in before:
+        completed += run(then[0], completed, *then[1:])
+    expected = {one.range for one in run(length, completed, draws, size)}
+    jobs = [ShardPart(number, count) for number in range(1, count + 1)]
+    order.shuffle(jobs)
+    written: list = []
+    for job in jobs:
+        seen = completed + order.sample(written, order.randint(0, len(written)))
+        own = [
+            receipt(shard)
+            for segment in segments(iter(CORPUS[:length]), seen, draws, size, OUT, job)
+            for shard in segment.shards
+        ]
+        written += own
+    assert len(written) == len(expected)
+    assert {one.range for one in written} == expected
+
+
+def test_parts_in_folders_of_their_own_grow_without_overlap() -> None:
+    """A corpus that ended within a shard, then more of it: the shard's rest stays with the part that began it."""
+    folders: list[list] = [[], []]
+    for length in (10, 23):
+        for number, folder in enumerate(folders):
+            plan = segments(iter(CORPUS[:length]), folder, 2, 4, OUT, ShardPart(number + 1, 2))
+            folder += [receipt(shard) for segment in plan for shard in segment.shards]
+    assert [r.range.first_document for r in folders[0]] == [0, 8, 10, 16]
+    assert [r.range.first_document for r in folders[1]] == [4, 12, 20]
+    assert sum(r.range.document_stop - r.range.first_document for f in folders for r in f) == 23
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "-1/2", "1/0", "1/2/3", "²/2"])
+def test_parts_that_are_none(text: str) -> None:
+    with pytest.raises(TidecacheError, match=r"--part: expected i/n with i from 1 to n, such as 2/8, found"):
+        ShardPart.parse(text)
+    assert ShardPart.parse("2/3") == ShardPart(2, 3)
 
 
 def test_more_draws_are_new_shards_over_the_same_documents() -> None:
