@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shared.errors import TidecacheError
+from stage2_student import families
 
 
 def block_diffusion_mask(length: int, block_size: int, draws: int = 1) -> Tensor:
@@ -36,10 +37,11 @@ def block_diffusion_mask(length: int, block_size: int, draws: int = 1) -> Tensor
 
 
 def _mask_for(block_L: Tensor, draws: int) -> Tensor:
-    part_S = torch.arange(draws + 1, device=block_L.device).repeat_interleave(len(block_L))
-    block_S = block_L.repeat(draws + 1)
+    """The mask of tokens with these blocks; several rows ([B, L]) give several masks."""
+    part_S = torch.arange(draws + 1, device=block_L.device).repeat_interleave(block_L.shape[-1])
+    block_S = block_L.repeat(*[1] * (block_L.ndim - 1), draws + 1)
     query_part, key_part = part_S[:, None], part_S[None, :]
-    query_block, key_block = block_S[:, None], block_S[None, :]
+    query_block, key_block = block_S[..., :, None], block_S[..., None, :]
     same_part = query_part == key_part
     query_clean, key_clean = query_part == draws, key_part == draws
     noisy_to_itself = same_part & ~query_clean & (query_block == key_block)
@@ -49,7 +51,12 @@ def _mask_for(block_L: Tensor, draws: int) -> Tensor:
 
 
 def attention_mask(
-    length_B: Tensor, length: int, block_size: int, draws: int = 1, dtype: torch.dtype = torch.float32
+    length_B: Tensor,
+    length: int,
+    block_size: int,
+    draws: int = 1,
+    dtype: torch.dtype = torch.float32,
+    offset_B: Tensor | None = None,
 ) -> Tensor:
     """Return the additive mask of a padded batch for `sdpa` and `eager` attention.
 
@@ -59,23 +66,32 @@ def attention_mask(
         block_size: tokens per block.
         draws: K packed draws; all of a row have its length.
         dtype: the model's.
+        offset_B: places of each row's first block that lie before the row: token i is in block (i + offset) //
+            block_size. None: all 0, blocks count from the sequence's start.
 
     Returns:
-        [B, 1, S, S], or [1, 1, S, S] when no row is padded: 0 where seen, the dtype's least number where not.
+        [B, 1, S, S], or [1, 1, S, S] when no row is padded or offset: 0 where seen, the dtype's least number where not.
     """
     device = length_B.device
-    seen_SS = _mask_for(torch.arange(length, device=device) // block_size, draws)
-    seen_BSS = seen_SS[None]
+    place_BL = torch.arange(length, device=device)[None]
+    if offset_B is not None and bool((offset_B > 0).any()):
+        place_BL = place_BL + offset_B[:, None]
+    seen_BSS = _mask_for(place_BL // block_size, draws)
     if bool((length_B < length).any()):
         real_BS = (torch.arange(length, device=device)[None, :] < length_B[:, None]).repeat(1, draws + 1)
-        itself_SS = torch.eye(len(seen_SS), dtype=torch.bool, device=device)
-        seen_BSS = torch.where(real_BS[:, :, None], seen_SS & real_BS[:, None, :], itself_SS)
+        itself_SS = torch.eye(seen_BSS.shape[1], dtype=torch.bool, device=device)
+        seen_BSS = torch.where(real_BS[:, :, None], seen_BSS & real_BS[:, None, :], itself_SS)
     additive_BSS = torch.zeros(seen_BSS.shape, dtype=dtype, device=device)
     return additive_BSS.masked_fill_(~seen_BSS, torch.finfo(dtype).min)[:, None]
 
 
 def noisy_hidden(
-    model: PreTrainedModel, noisy_BKL: Tensor, clean_BL: Tensor, length_B: Tensor, block_size: int
+    model: PreTrainedModel,
+    noisy_BKL: Tensor,
+    clean_BL: Tensor,
+    length_B: Tensor,
+    block_size: int,
+    offset_B: Tensor | None = None,
 ) -> Tensor:
     """Run a causal LM, without its head, on [x_t …, x_0] and return the hidden states of the noisy draws.
 
@@ -85,15 +101,20 @@ def noisy_hidden(
         clean_BL: x_0, padded alike.
         length_B: tokens of each row.
         block_size: tokens per block.
+        offset_B: see `attention_mask`.
 
     Returns:
         hidden_BKLD, normalised and ready for the head; undefined (but finite) at padding.
+
+    Raises:
+        TidecacheError: the rows are longer than a sliding window of the model's.
     """
     rows, draws, length = noisy_BKL.shape
+    families.check_length(model.config, length)
     input_BS = torch.cat([noisy_BKL.reshape(rows, draws * length), clean_BL], dim=1)
     position_BS = torch.arange(length, device=clean_BL.device).repeat(draws + 1)[None].expand(rows, -1)
     base = model.base_model
-    mask = attention_mask(length_B, length, block_size, draws, dtype=next(base.parameters()).dtype)
+    mask = attention_mask(length_B, length, block_size, draws, dtype=next(base.parameters()).dtype, offset_B=offset_B)
     output = base(input_ids=input_BS, position_ids=position_BS, attention_mask=mask, use_cache=False)
     hidden_BSD: Tensor = output.last_hidden_state
     return hidden_BSD[:, : draws * length].reshape(rows, draws, length, -1)
@@ -104,7 +125,7 @@ def check_attention(model: PreTrainedModel) -> None:
 
     Raises:
         TidecacheError: an attention implementation that takes no dense mask or would leave out a soft-cap, or layers
-            with a window, chunks or no softmax at all.
+            with chunks or no softmax at all.
     """
     config, name = model.config.get_text_config(), type(model).__name__
     implementation = config._attn_implementation
@@ -115,11 +136,4 @@ def check_attention(model: PreTrainedModel) -> None:
         )
     if implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
         raise TidecacheError(f"{name} caps its attention logits, which sdpa leaves out: load it with eager attention")
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None) is not None:
-        kinds = {"sliding_attention"}
-    if kinds:
-        raise TidecacheError(
-            f"{name} has layers of {', '.join(sorted(kinds))}, which the block-diffusion mask does not describe: "
-            "take a student whose layers are all full_attention"
-        )
+    families.check_layers(model.config, name)

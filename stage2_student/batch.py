@@ -54,6 +54,7 @@ class Batch:
     noisy_BL: Tensor
     clean_BL: Tensor
     length_B: Tensor
+    offset_B: Tensor  # places of the first block before the row, where blocks do not start with it
     timestep_B: Tensor
     trainable_B: Tensor
     sample_N: Tensor  # row of each masked token
@@ -114,6 +115,7 @@ class Collator:
             noisy_BL=torch.from_numpy(noisy_BL),
             clean_BL=torch.from_numpy(clean_BL),
             length_B=torch.tensor([len(row.ids_L) for row in kept] or [1]),
+            offset_B=torch.tensor([row.offset for row in kept] or [0]),
             timestep_B=torch.tensor([row.timestep for row in kept] or [1.0], dtype=torch.float32),
             trainable_B=torch.tensor([row.trainable for row in kept] or [0]),
             sample_N=torch.from_numpy(sample_N),

@@ -62,8 +62,10 @@ def train(
     lambda_max: Annotated[float | None, typer.Option(help="TIDAL's λ at the end.")] = None,
     timestep_weight: Annotated[str | None, typer.Option(help="uniform or midrange.")] = None,
     ce_normalisation: Annotated[str | None, typer.Option(help="token, sequence or batch.")] = None,
-    fresh: Annotated[float | None, typer.Option(help="Share of rows with fresh masks, cross-entropy only.")] = None,
+    fresh: Annotated[str | None, typer.Option(help="Share of rows with fresh masks, or auto.")] = None,
+    min_coverage: Annotated[float | None, typer.Option(help="Least share of chunks with a teacher's score.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per attention block.")] = None,
+    block_start: Annotated[str | None, typer.Option(help="Blocks count from: sequence or response.")] = None,
     min_timestep: Annotated[float | None, typer.Option(help="Leave out draws below.")] = None,
     max_timestep: Annotated[float | None, typer.Option(help="Leave out draws above.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -76,6 +78,9 @@ def train(
     epochs: Annotated[float | None, typer.Option(help="Passes over the documents, where steps is 0.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; 0: from epochs.")] = None,
     precision: Annotated[str | None, typer.Option(help="float32 or bf16.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of LoRA adapters; 0: train all weights.")] = None,
+    lora_alpha: Annotated[int | None, typer.Option(help="LoRA's α; adapters are scaled by α / rank.")] = None,
+    lora_targets: Annotated[str | None, typer.Option(help="all-linear, or module names with commas.")] = None,
     seed: Annotated[int | None, typer.Option(help="Order of rows, and fresh masks.")] = None,
     logging_steps: Annotated[int | None, typer.Option(help="Steps between log lines.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0: only the result.")] = None,
@@ -130,7 +135,7 @@ def score(
     found = {}
     for name in model or [EMBEDDED]:
         student = load_student(embedded_or(name))
-        size = block_size or student.block_size or 32
+        size = student.check_block_size(block_size, name) or 32
         found[name] = evaluation.evaluate(student, opened, size, limit, batch, device)
     bounds = {name: scoring.bound(e) for name, e in found.items()}
     others = {

@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from stage2_student.inference import Checkpoint
+    from stage2_student.sampler import SampleOptions
 
 app = typer.Typer()
 
@@ -24,13 +29,18 @@ Temperature = Annotated[float, typer.Option(help="0: always the most likely toke
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that make up this share.")]
 Remasking = Annotated[str, typer.Option(help="Which tokens a step commits: low-confidence or random.")]
 Threshold = Annotated[float | None, typer.Option(help="Commit every token above this probability in a step.")]
-Blocks = Annotated[str, typer.Option(help="Where blocks start, as in training: sequence or response.")]
+Blocks = Annotated[str | None, typer.Option(help="Blocks count from: sequence or response. Default: as trained.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same answers.")]
 
 
 def _say(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _as_trained(options: SampleOptions, blocks: str | None, checkpoint: Checkpoint) -> SampleOptions:
+    """Start blocks where the checkpoint's started in training, unless the user says where."""
+    return options if blocks else dataclasses.replace(options, blocks=checkpoint.block_start)
 
 
 @app.command()
@@ -46,7 +56,7 @@ def generate(
     top_p: TopP = 1.0,
     remasking: Remasking = "low-confidence",
     threshold: Threshold = None,
-    blocks: Blocks = "sequence",
+    blocks: Blocks = None,
     seed: Seed = 0,
     kv_cache: Annotated[bool, typer.Option(help="Keep finished blocks' keys and values.")] = True,
     block_size: BlockSize = None,
@@ -59,9 +69,10 @@ def generate(
     from stage2_student.sampler import SampleOptions
 
     options = SampleOptions(
-        max_new_tokens, steps, temperature, top_p, remasking, threshold, blocks, seed, kv_cache
+        max_new_tokens, steps, temperature, top_p, remasking, threshold, blocks or "sequence", seed, kv_cache
     )  # fmt: skip
     checkpoint = open_checkpoint(model, block_size, device, dtype)
+    options = _as_trained(options, blocks, checkpoint)
     requests = generating.read_requests(prompts, checkpoint, chat)
     try:
         count, usage = generating.generate(checkpoint, requests, out, options, batch)
@@ -83,7 +94,7 @@ def chat(
     top_p: TopP = 1.0,
     remasking: Remasking = "low-confidence",
     threshold: Threshold = 0.9,
-    blocks: Blocks = "sequence",
+    blocks: Blocks = None,
     seed: Seed = 0,
     block_size: BlockSize = None,
     device: Device = None,
@@ -95,8 +106,9 @@ def chat(
     from stage2_student.sampler import SampleOptions
 
     parallel = None if remasking == "random" else threshold
-    options = SampleOptions(max_new_tokens, steps, temperature, top_p, remasking, parallel, blocks, seed)
+    options = SampleOptions(max_new_tokens, steps, temperature, top_p, remasking, parallel, blocks or "sequence", seed)
     checkpoint = open_checkpoint(model, block_size, device, dtype)
+    options = _as_trained(options, blocks, checkpoint)
 
     def lines() -> Iterator[str]:
         while True:
@@ -122,7 +134,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Prompts at once.", min=1)] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer of tasks outside the suite.", min=1)] = 256,
     threshold: Threshold = None,
-    blocks: Blocks = "sequence",
+    blocks: Blocks = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut the beginning of too long prompts.")] = False,
     block_size: BlockSize = None,
     device: Device = None,
@@ -148,13 +160,14 @@ def evaluate(
         if not separator:
             raise TidecacheError(f"--questions: expected TASK=FILE, found {item!r}")
         files[name] = file
-    options = SampleOptions(max_new_tokens, threshold=threshold, blocks=blocks)
+    options = SampleOptions(max_new_tokens, threshold=threshold, blocks=blocks or "sequence")
     scores = {}
     for name in [model, *([against] if against else [])]:
         checkpoint = open_checkpoint(name, block_size, device, dtype)
         folder = out / checkpoint.digest[:12]
         try:
-            results = run.evaluate(checkpoint, wanted, manager, folder, options, batch, limit, files, truncate)
+            trained = _as_trained(options, blocks, checkpoint)
+            results = run.evaluate(checkpoint, wanted, manager, folder, trained, batch, limit, files, truncate)
         except KeyboardInterrupt:
             typer.echo(
                 f"interrupted: the answers so far are in {folder}; the same command goes on from there", err=True

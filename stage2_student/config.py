@@ -8,6 +8,7 @@ misspelt one that is silently ignored costs a training run. The resolved configu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -25,6 +26,9 @@ EMBEDDED = "tiny"  # the base and checkpoint that come with the project
 METADATA_FILE = "tidecache.json"  # beside a student's weights
 OBJECTIVES = ("none", "calm", "reverse-calm", "kl", "reverse-kl")
 EVENT_OBJECTIVES = ("kl", "reverse-kl")
+BLOCK_STARTS = ("sequence", "response")
+AUTO = "auto"  # of `fresh`: decided by `automatic_fresh` once the cache is known
+FRESH_AT_MOST = 0.5  # of what `auto` decides: the share that a trial found to win back what reuse loses (DESIGN §1, §6)
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "objective": OBJECTIVES,
     "context": CONTEXTS,
@@ -35,6 +39,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "ce_normalisation": ("token", "sequence", "batch"),
     "scheduler": ("cosine", "linear", "constant_with_warmup"),
     "precision": ("float32", "bf16"),
+    "block_start": BLOCK_STARTS,
 }
 
 LOWEST: Mapping[str, int] = {
@@ -45,6 +50,8 @@ LOWEST: Mapping[str, int] = {
     "save_steps": 0,
     "steps": 0,
     "workers": 0,
+    "lora_rank": 0,
+    "lora_alpha": 1,
 }
 
 
@@ -54,6 +61,10 @@ class TrainConfig:
     `save_steps` 0 writes the result alone.
 
     A row is one (document, draw); an epoch takes as many rows as there are documents. `warmup` is a share of all steps.
+    `fresh` is a share of the rows, or `auto`. `block_start`: blocks count from the sequence's first token, as the paper
+    trains, or from the response's, as it samples. `min_coverage`: least share of masked chunks that must carry a
+    teacher's score. `lora_rank` 0 trains all weights; else adapters of that rank on the modules `lora_targets`
+    (`all-linear`, or names with commas between), scaled by `lora_alpha` / `lora_rank`.
     """
 
     objective: str = "reverse-calm"
@@ -67,8 +78,10 @@ class TrainConfig:
     lambda_max: float = 0.9
     timestep_weight: str = "uniform"
     ce_normalisation: str = "token"
-    fresh: float = 0.0
+    fresh: float | str = AUTO
+    min_coverage: float = 0.5
     block_size: int = 32
+    block_start: str = "sequence"
     min_timestep: float = 0.0
     max_timestep: float = 1.0
     learning_rate: float = 5e-5
@@ -81,6 +94,9 @@ class TrainConfig:
     epochs: float = 3.0
     steps: int = 0
     precision: str = "float32"
+    lora_rank: int = 0
+    lora_alpha: int = 32
+    lora_targets: str = "all-linear"
     seed: int = 0
     logging_steps: int = 1
     save_steps: int = 500
@@ -97,7 +113,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value < lowest:
                 raise TidecacheError(f"{name}: expected a whole number of at least {lowest}, found {value}")
-        for name in ("fresh", "warmup", "lambda_init", "lambda_max", "min_timestep", "max_timestep"):
+        if isinstance(self.fresh, str) and self.fresh != AUTO:
+            raise TidecacheError(f"fresh: expected a number from 0 to 1, or {AUTO}, found {self.fresh!r}")
+        shares = ["warmup", "lambda_init", "lambda_max", "min_timestep", "max_timestep", "min_coverage"]
+        for name in shares if self.fresh == AUTO else ["fresh", *shares]:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise TidecacheError(f"{name}: expected a number from 0 to 1, found {getattr(self, name)}")
         for name in ("temperature", "learning_rate"):
@@ -109,11 +128,24 @@ class TrainConfig:
             )
         if self.steps == 0 and not self.epochs > 0.0:
             raise TidecacheError(f"epochs: expected a number above 0 where steps is 0, found {self.epochs}")
+        if not self.lora_targets.strip(", "):
+            raise TidecacheError("lora_targets: expected all-linear, or names of modules, found none")
         if self.tidal == "interpolate" and self.objective == "reverse-kl":
             raise TidecacheError(
                 "tidal: `interpolate` mixes the target of a forward objective, or of CALM in either direction; "
                 "with reverse-kl take `weight` or `none`"
             )
+
+    @property
+    def fresh_share(self) -> float:
+        """`fresh` as a number.
+
+        Raises:
+            TidecacheError: it is still `auto`.
+        """
+        if isinstance(self.fresh, str):
+            raise TidecacheError(f"fresh: {self.fresh} is decided when the cache is known, by `automatic_fresh`")
+        return self.fresh
 
     @property
     def uses_events(self) -> bool:
@@ -145,6 +177,11 @@ def resolve(values: Mapping[str, Any], source: str) -> TrainConfig:
                 f"{source}: unknown field {name!r}{_nearest(name, list(fields))}; the fields are {', '.join(fields)}"
             )
         kind = type(fields[name].default)
+        if name == "fresh" and value != AUTO:
+            kind = float
+            if isinstance(value, str):  # as the command line gives it
+                with contextlib.suppress(ValueError):
+                    value = float(value)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not kind:
@@ -165,9 +202,10 @@ def recipe_names() -> list[str]:
 
 
 def base_defaults(base: str | Path) -> Mapping[str, Any]:
-    """What a base says under `defaults` in its `tidecache.json`: field values for where no recipe says more.
+    """What a base says in its `tidecache.json`: field values for where no recipe says more.
 
-    A base of 2M parameters learns at other rates than one of 600M, whatever the recipe. Most bases say nothing.
+    Those under `defaults` (a base of 2M parameters learns at other rates than one of 600M, whatever the recipe), and
+    the blocks that it was trained with. Most bases say nothing.
 
     Raises:
         TidecacheError: an unknown field or a value of another type.
@@ -175,7 +213,8 @@ def base_defaults(base: str | Path) -> Mapping[str, Any]:
     path = Path(base) / METADATA_FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        defaults = dict(found.get("defaults", {}))
+        defaults = {name: found[name] for name in ("block_size", "block_start") if found.get(name) is not None}
+        defaults |= dict(found.get("defaults", {}))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise TidecacheError(f"{path}: expected a JSON object, found something else: {error}") from error
     resolve(defaults, str(path))
@@ -213,6 +252,15 @@ def load_recipe(
     return resolve({**(defaults or {}), **values, **(overrides or {})}, source)
 
 
+def automatic_fresh(draws_per_document: float, epochs: float) -> float:
+    """The share of fresh rows where `fresh` is `auto`: enough that no stored draw is used twice, but at most half.
+
+    0 where there are as many draws as epochs. A trial found what reused masks cost to lie in cross-entropy, and half of
+    each batch with fresh masks to win back nearly all of it with one or two draws per document (DESIGN §1, §6).
+    """
+    return round(min(FRESH_AT_MOST, max(0.0, 1.0 - draws_per_document / epochs)), 4)
+
+
 def require(config: TrainConfig, spec: CaptureSpec, cache: str) -> None:
     """Check that the cache called `cache` holds what the configuration asks for.
 
@@ -224,19 +272,20 @@ def require(config: TrainConfig, spec: CaptureSpec, cache: str) -> None:
     if config.context not in spec.contexts:
         raise TidecacheError(
             f"context: the recipe asks for {config.context}, the cache {cache} holds {', '.join(spec.contexts)}: "
-            f"pass --context {spec.contexts[0]}, or capture one with `tidecache teacher capture --context both`"
+            f"pass --context {spec.contexts[0]}, or add it with `tidecache teacher extend {cache} --context "
+            f"{config.context}`"
         )
     if config.uses_events and "topk" not in spec.lanes:
         raise TidecacheError(
             f"objective: {config.objective} needs the topk lane, the cache {cache} holds {', '.join(spec.lanes)}: "
-            "pass --objective reverse-calm or calm, which need the gold lane alone, or capture one with "
-            "`tidecache teacher capture --lanes gold,topk`"
+            "pass --objective reverse-calm or calm, which need the gold lane alone, or add it with "
+            f"`tidecache teacher extend {cache} --lanes topk`"
         )
     if config.uses_events and config.temperature not in spec.temperatures:
         held = ", ".join(f"{t:g}" for t in spec.temperatures)
         wanted = ",".join(f"{t:g}" for t in sorted({*spec.temperatures, config.temperature}))
         raise TidecacheError(
             f"temperature: {config.objective} at {config.temperature:g} needs the teacher's normaliser at that "
-            f"temperature, the cache {cache} holds {held}: pass --temperature with one of these, or capture one with "
-            f"`tidecache teacher capture --temperatures {wanted}`"
+            f"temperature, the cache {cache} holds {held}: pass --temperature with one of these, or add it with "
+            f"`tidecache teacher extend {cache} --temperatures {wanted}`"
         )

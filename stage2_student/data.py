@@ -34,7 +34,10 @@ SPELLINGS_KEPT = 400_000  # candidates whose spelling is remembered, over all do
 
 @dataclass(frozen=True)
 class View:
-    """One stored document as the student reads it. `ids_L` ends with the EOS filling, which `trainable_L` includes."""
+    """One stored document as the student reads it. `ids_L` ends with the EOS filling, which `trainable_L` includes.
+
+    Token i lies in block (i + offset) // block_size; `offset` is 0 where blocks count from the sequence's start.
+    """
 
     stored: StoredDocument
     encoded: Encoded
@@ -49,20 +52,27 @@ class View:
     own_token_first_O: IntArray  # tokens [first, stop) spell an own chunk
     own_token_stop_O: IntArray
     own_bytes_O: IntArray
+    offset: int = 0
     spelled: dict[tuple[int, bytes], tuple[int, ...] | None] = field(default_factory=dict)  # memo of `Speller`
 
 
-def view_document(tokenizer: TextTokenizer, stored: StoredDocument, block_size: int) -> View:
+def view_document(
+    tokenizer: TextTokenizer, stored: StoredDocument, block_size: int, block_start: str = "sequence"
+) -> View:
     """Encode a stored document and align the cache's chunks with the student's tokens.
 
-    Unless the document was cut, EOS tokens fill it up to a multiple of `block_size`.
+    Unless the document was cut, EOS tokens fill its last block. `block_start` is `sequence`, or `response`: then the
+    first trainable token starts a block, and the first block of the prompt may be short.
 
     Raises:
         IrreproducibleText: this tokenizer cannot reproduce the document's bytes.
         TidecacheError: the document needs filling and the tokenizer has no end token.
     """
     encoded = tokenizer.encode(stored.messages, stored.chat, stored.cut)
-    filling = 0 if stored.cut else -len(encoded.ids_L) % block_size
+    offset = 0
+    if block_start == "response" and encoded.trainable_L.any():
+        offset = -int(np.argmax(encoded.trainable_L)) % block_size
+    filling = 0 if stored.cut else -(len(encoded.ids_L) + offset) % block_size
     if filling and tokenizer.end_id is None:
         raise TidecacheError(
             f"tokenizer {tokenizer.name} has no end-of-sequence token, which fills the last block of a document: "
@@ -102,6 +112,7 @@ def view_document(tokenizer: TextTokenizer, stored: StoredDocument, block_size: 
         own_token_first_O=token_first_C[own_first_O],
         own_token_stop_O=token_stop_C[own_stop_O - 1],
         own_bytes_O=chunks.stop_C[own_stop_O - 1] - chunks.start_C[own_first_O],
+        offset=offset,
     )
 
 
@@ -163,6 +174,7 @@ class Row:
     teacher_logp_Q: npt.NDArray[np.float32]
     events: Events | None
     coverage: Coverage
+    offset: int = 0
 
 
 def _sums(values: npt.NDArray[np.float32], first: IntArray, stop: IntArray) -> npt.NDArray[np.float32]:
@@ -187,10 +199,12 @@ class RowMaker:
         temperature: float | None = None,
         seed: int = 0,
         timesteps: tuple[float, float] = (0.0, 1.0),
+        block_start: str = "sequence",
     ) -> None:
         self.tokenizer = tokenizer
         self.spec = spec
         self.block_size = block_size
+        self.block_start = block_start
         self.context = context
         self.temperature = temperature
         self.seed = seed
@@ -205,7 +219,7 @@ class RowMaker:
             self._views.move_to_end(stored.key)
             return self._views[stored.key]
         try:
-            view = view_document(self.tokenizer, stored, self.block_size)
+            view = view_document(self.tokenizer, stored, self.block_size, self.block_start)
         except IrreproducibleText:
             view = None
         self._views[stored.key] = view
@@ -265,6 +279,7 @@ class RowMaker:
             teacher_logp_Q=teacher_logp_Q,
             events=events,
             coverage=Coverage(len(draw.chunks), int(size_O[own_Q].sum())),
+            offset=view.offset,
         )
 
     def fresh_row(self, stored: StoredDocument, number: int) -> Row:
@@ -299,6 +314,7 @@ class RowMaker:
             teacher_logp_Q=np.zeros(0, np.float32),
             events=None,
             coverage=Coverage(),
+            offset=view.offset,
         )
 
     def _masked_tokens(self, view: View, masked_C: BoolArray, seed: int, draw: int, t: float) -> BoolArray:

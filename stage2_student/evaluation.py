@@ -139,7 +139,7 @@ def evaluate(
     Raises:
         TidecacheError: the cache holds no draws.
     """
-    maker = RowMaker(student.text, cache.spec, block_size, context=None)
+    maker = RowMaker(student.text, cache.spec, block_size, context=None, block_start=student.block_start)
     collator = Collator(student.mask_id, student.pad_id)
     model = student.model
     model.to(torch.device(device))  # type: ignore[arg-type]

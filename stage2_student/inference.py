@@ -49,6 +49,11 @@ class Checkpoint:
         """The causal language model."""
         return self.student.model
 
+    @property
+    def block_start(self) -> str:
+        """What its blocks count from, `sequence` or `response`: where sampling should start them too."""
+        return self.student.block_start
+
     def sampler(self) -> Sampler:
         """A new sampler, with its own counts."""
         return Sampler(self.model, self.block_size, self.student.mask_id, self.end_ids, self.text.vocabulary)
@@ -123,19 +128,12 @@ def open_checkpoint(
             f"{path}: the tokenizer has no mask token, so this is no block-diffusion checkpoint: train one from it "
             "with `tidecache student train`, or name its mask_token in tokenizer_config.json"
         )
-    trained = student.block_size
-    if block_size is None and trained is None:
+    size = student.check_block_size(block_size, str(path))
+    if size is None:
         raise TidecacheError(
             f"{path}: the checkpoint does not say its block size: pass --block-size (the paper's is 32)"
         )
-    if block_size is not None and trained is not None and block_size != trained:
-        raise TidecacheError(
-            f"{path}: trained with block size {trained}, asked for {block_size}: its blocks would start and end where "
-            "it never saw any; leave --block-size out"
-        )
     torch.nn.Module.to(student.model, device=_device(device), dtype=_dtype(dtype, device))
-    size = block_size or trained
-    assert size is not None
     if size < 1:
         raise TidecacheError(f"--block-size: expected at least 1, found {size}")
     return Checkpoint(str(path), student, student.text, size, _end_ids(student))

@@ -70,16 +70,19 @@ def grouped_attention(
     attention_mask: Tensor,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of [B, H, S, D] to [B, G, T, D] under an additive [B, 1, S, T] mask, without repeating keys.
+
+    `softcap`: scores become cap · tanh(score / cap) before the mask (Gemma 2).
 
     Returns [B, S, H, D], as `transformers` wants it.
 
     Raises:
         TidecacheError: the model asks for something besides plain attention.
     """
-    extra = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    extra = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
     if extra:
         raise TidecacheError(
             f"{type(module).__name__} wants {', '.join(extra)}, which the sampler's attention does not do: "
@@ -89,7 +92,12 @@ def grouped_attention(
     groups = heads // key.shape[1]
     folded = query.reshape(rows, key.shape[1], groups * length, size)
     mask = attention_mask.repeat(1, 1, groups, 1) if groups > 1 else attention_mask
-    output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    if softcap is None:
+        output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    else:
+        score = folded @ key.transpose(2, 3) * (size**-0.5 if scaling is None else scaling)
+        score = torch.tanh(score / softcap) * softcap + mask
+        output = score.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
     return output.reshape(rows, heads, length, size).transpose(1, 2).contiguous(), None
 
 

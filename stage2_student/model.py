@@ -2,7 +2,8 @@
 
 A checkpoint is a plain Hugging Face folder (config, safetensors, tokenizer) plus `tidecache.json`, which says with what
 block size, mask token, recipe and cache it was trained; other programs need not know it. A base without a mask token
-gets one, initialised with the mean of all embeddings.
+gets one, initialised with the mean of all embeddings; checkpoints of dLLM and TIDE (`families`) have a trained one, by
+the name `<|mask|>`, that their tokenizer need not declare.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from shared.errors import TidecacheError
 from shared.tokenization import TextTokenizer
-from stage2_student import attention
+from stage2_student import adapters, attention, families
 from stage2_student.batch import Batch
-from stage2_student.config import METADATA_FILE, TrainConfig
+from stage2_student.config import BLOCK_STARTS, METADATA_FILE, TrainConfig
 from stage2_student.head import Head
 from stage2_student.losses import BatchLosses, batch_losses
 
@@ -47,9 +48,29 @@ class Student:
         size = self.metadata.get("block_size")
         return size if isinstance(size, int) else None
 
+    @property
+    def block_start(self) -> str:
+        """What its blocks count from, `sequence` or `response`; `sequence`, as the paper trains, if it does not say."""
+        start = self.metadata.get("block_start")
+        return start if start in BLOCK_STARTS else BLOCK_STARTS[0]
 
-def load_student(path_or_id: str | Path, attention_implementation: str = "sdpa") -> Student:
-    """Load a base or a checkpoint in float32, ready for training.
+    def check_block_size(self, asked: int | None, name: str) -> int | None:
+        """The block size to run with: what is asked, or what it was trained with; None if neither says.
+
+        Raises:
+            TidecacheError: the two differ.
+        """
+        trained = self.block_size
+        if asked is not None and trained is not None and asked != trained:
+            raise TidecacheError(
+                f"{name}: trained with block size {trained}, asked for {asked}: its blocks would start and end where it "
+                "never saw any; leave --block-size out"
+            )
+        return trained if asked is None else asked
+
+
+def load_student(path_or_id: str | Path, attention_implementation: str | None = None) -> Student:
+    """Load a base or a checkpoint in float32, ready for training; None: the implementation that the family needs.
 
     Raises:
         TidecacheError: nothing to load there, no safetensors, or an architecture that block diffusion cannot use.
@@ -57,9 +78,14 @@ def load_student(path_or_id: str | Path, attention_implementation: str = "sdpa")
     text = TextTokenizer.load(path_or_id)
     name = str(path_or_id)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        config, from_dllm = families.plain_config(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, config=config)
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, attn_implementation=attention_implementation, use_safetensors=True
+            name,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=attention_implementation or families.attention_implementation(config),
+            use_safetensors=True,
         )
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -68,7 +94,7 @@ def load_student(path_or_id: str | Path, attention_implementation: str = "sdpa")
             f"and safetensors weights of a causal language model, found: {reason}"
         ) from error
     attention.check_attention(model)
-    mask_id, added = _mask_token(model, tokenizer)
+    mask_id, added = _mask_token(model, tokenizer, trained=from_dllm)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else text.end_id
     rows = input_and_output(model)[0].num_embeddings
     if max(mask_id, text.vocabulary - 1) >= rows:
@@ -99,14 +125,20 @@ def input_and_output(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
     return embedding, head
 
 
-def _mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, bool]:
-    """(mask id, whether it was added). A new one gets the mean of all embeddings; spare rows of the model are used."""
+def _mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained: bool = False) -> tuple[int, bool]:
+    """(mask id, whether it is new). A new one gets the mean of all embeddings; spare rows of the model are used.
+
+    `trained`: dLLM's checkpoints learnt `<|mask|>` in the row after their tokenizer's last, and add it as they load.
+    """
     if tokenizer.mask_token_id is not None:
         return int(tokenizer.mask_token_id), False
     before = len(tokenizer)
+    known = MASK_TOKEN in tokenizer.get_vocab()
     tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
     mask_id = tokenizer.convert_tokens_to_ids(MASK_TOKEN)
     assert isinstance(mask_id, int)
+    if known or (trained and mask_id < input_and_output(model)[0].num_embeddings):
+        return mask_id, False
     if len(tokenizer) > input_and_output(model)[0].num_embeddings:
         # Mean initialisation is done below, the same for spare rows and new ones.
         level = logging.getLogger("transformers").level
@@ -150,11 +182,15 @@ def save_student(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if adapters.has_adapters(model):
+            adapters.save_adapter(model, folder / adapters.FOLDER)
+            state = adapters.merged_state(model)
         model.save_pretrained(folder, state_dict=None if state is None else dict(state))
         tokenizer.save_pretrained(folder)
         metadata = {
             "format": 1,
             "block_size": config.block_size,
+            "block_start": config.block_start,
             "mask_token": tokenizer.mask_token,
             "cache": dict(cache),
             "config": config.to_json(),
@@ -165,6 +201,18 @@ def save_student(
             f"{folder}: the checkpoint cannot be written ({error.strerror or error}): free some space or choose "
             "another --out; checkpoints written before are complete"
         ) from error
+
+
+def restore_student(model: PreTrainedModel, folder: Path) -> None:
+    """Put the weights of a run's checkpoint folder into its model in place: the adapters where it has some, else all.
+
+    Raises:
+        TidecacheError: the folder holds no such weights.
+    """
+    if adapters.has_adapters(model):
+        adapters.load_adapter(model, folder)
+    else:
+        model.load_state_dict(load_student(folder).model.state_dict())
 
 
 class TrainableStudent(nn.Module):
@@ -202,7 +250,7 @@ class TrainableStudent(nn.Module):
 
 def masked_hidden(model: PreTrainedModel, batch: Batch, block_size: int) -> Tensor:
     """hidden_ND at the batch's masked tokens."""
-    hidden_BLD = attention.noisy_hidden(model, batch.noisy_BL[:, None], batch.clean_BL, batch.length_B, block_size)[
-        :, 0
-    ]
+    hidden_BLD = attention.noisy_hidden(
+        model, batch.noisy_BL[:, None], batch.clean_BL, batch.length_B, block_size, batch.offset_B
+    )[:, 0]
     return hidden_BLD[batch.sample_N, batch.column_N]

@@ -197,6 +197,62 @@ def tidal_event_kl_loss(student_CE: Tensor, teacher_CE: Tensor, strength_C: Tens
     return temperature**2 * _event_divergence(target_CE.detach(), student_CE)
 
 
+def tail_kl_loss(
+    student_CE: Tensor,
+    teacher_CE: Tensor,
+    student_tail_CM: Tensor,
+    teacher_tail_CM: Tensor,
+    log_share_CM: Tensor,
+    strength_C: Tensor,
+    temperature: float,
+) -> Tensor:
+    """T²·KL(target‖s) with *other* told apart by samples of the teacher's tail; its gradient, not its value.
+
+    The events' loss takes the teacher's tail to have the student's shape, which at T = 2, where the tail holds most of
+    the mass, can turn the gradient round (bench/kl_tail.py). M samples say what shape it has. The target of a chunk:
+
+    - fillings that are events: s^(1 − λ)·p^λ, as in `tidal_event_kl_loss`;
+    - the tail: p_other·Σ_i share_i·(s_i/p_i)^(1 − λ), the samples' estimate of Σ_tail s^(1 − λ)·p^λ, but at most
+      s_other^(1 − λ)·p_other^λ, which that sum cannot exceed (Hölder);
+    - of which a share λ lies on the samples, in proportion to share_i, and 1 − λ on the tail in the student's shape,
+      which stands for the geometric mixture within the tail: a linear one, whose noise vanishes with λ.
+
+    Then renormalised and detached. At λ = 1 it is unbiased for the dense forward KL within one tokenizer.
+
+    Args:
+        student_CE: log masses by `event_log_mass`, *other* last.
+        teacher_CE: the teacher's, on the same events.
+        student_tail_CM: log s_T of the samples; −inf where a chunk has fewer.
+        teacher_tail_CM: log p_T of the samples.
+        log_share_CM: log of each sample's share of the teacher's tail at T, summing to 1 over a chunk's samples.
+        strength_C: λ of each chunk's sample; 1 for the plain forward KL.
+        temperature: the T all were made at.
+
+    Returns:
+        Loss per chunk, up to what does not depend on the student. Chunks without samples keep their whole *other*.
+    """
+    student_CE, teacher_CE = _raised(student_CE), _raised(teacher_CE)
+    student_tail_CM, teacher_tail_CM = _raised(student_tail_CM), _raised(teacher_tail_CM)
+    strength_C1 = strength_C.to(student_CE.dtype)[:, None]
+    sampled_CM = torch.isfinite(log_share_CM)
+    zero_CM, none_CM = torch.zeros_like(student_tail_CM), torch.full_like(student_tail_CM, -torch.inf)
+    student_tail_CM = torch.where(sampled_CM, student_tail_CM, zero_CM)
+    with torch.no_grad():
+        valid_CE = torch.isfinite(teacher_CE)
+        mixed_CE = torch.where(valid_CE, (1.0 - strength_C1) * student_CE + strength_C1 * teacher_CE, -torch.inf)
+        ratio_CM = (1.0 - strength_C1) * (student_tail_CM - torch.where(sampled_CM, teacher_tail_CM, zero_CM))
+        estimate_C = teacher_CE[:, -1] + torch.logsumexp(torch.where(sampled_CM, log_share_CM + ratio_CM, none_CM), 1)
+        has_samples_C = sampled_CM.any(dim=1)
+        other_C = torch.where(has_samples_C, torch.minimum(estimate_C, mixed_CE[:, -1]), mixed_CE[:, -1])
+        target_CE = torch.softmax(torch.cat([mixed_CE[:, :-1], other_C[:, None]], dim=1), dim=1)
+        on_samples_C = torch.where(has_samples_C, strength_C.to(student_CE.dtype), 0.0)
+        share_CM = torch.where(sampled_CM, log_share_CM.to(student_CE.dtype).exp(), zero_CM)
+    spread_C = (1.0 - on_samples_C) * student_CE[:, -1] + on_samples_C * (share_CM * student_tail_CM).sum(dim=1)
+    known_CE = torch.where(valid_CE[:, :-1], student_CE[:, :-1], torch.zeros_like(student_CE[:, :-1]))
+    cross_C = (target_CE[:, :-1] * known_CE).sum(dim=1) + target_CE[:, -1] * spread_C
+    return -(temperature**2) * cross_C
+
+
 def _event_divergence(log_p_CE: Tensor, log_q_CE: Tensor) -> Tensor:
     """KL over the events that exist on both sides; −inf marks the others, whose gradient must stay 0, not NaN."""
     valid_CE = torch.isfinite(log_p_CE) & torch.isfinite(log_q_CE)

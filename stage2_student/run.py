@@ -6,6 +6,7 @@ cache, and a plan says what will happen (draws against epochs, coverage, TIDAL's
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -22,9 +23,9 @@ from transformers.utils import logging as transformers_logging
 from shared.cache import open_cache
 from shared.cache.reader import Cache
 from shared.errors import TidecacheError
-from stage2_student import tidal
+from stage2_student import adapters, tidal
 from stage2_student.batch import Collator
-from stage2_student.config import METADATA_FILE, TrainConfig, require
+from stage2_student.config import AUTO, METADATA_FILE, TrainConfig, automatic_fresh, require
 from stage2_student.data import RowMaker
 from stage2_student.dataset import DrawIndex, TrainingRows
 from stage2_student.losses import Counts, total
@@ -53,12 +54,14 @@ class Plan:
     tidal_weight_first: float
     tidal_weight_last: float
     tokens: int
+    fresh_is_automatic: bool = False
 
     def table(self, config: TrainConfig) -> Table:
         """For people."""
         table = Table(title="Before step 1", show_header=False, title_justify="left")
         distills = config.objective != "none"
         reuse = f"{self.draws / self.documents:.3g} per document, each used {self.uses_per_draw:.3g} times on average"
+        automatic = " (automatic: by draws and epochs)" if self.fresh_is_automatic else ""
         objective = f"{config.objective}, T = {config.temperature:g}, context {config.context}"
         rows: list[tuple[str, str]] = [
             ("cache", self.cache),
@@ -71,7 +74,7 @@ class Plan:
             ),
             ("documents", f"{self.documents:,}"),
             ("draws", reuse),
-            ("fresh rows", f"{config.fresh:.0%} of each batch, cross-entropy only"),
+            ("fresh rows", f"{config.fresh_share:.0%} of each batch, cross-entropy only{automatic}"),
             ("rows", f"{self.rows:,} in {self.steps:,} steps ({self.epochs:.3g} epochs)"),
             ("tokens", f"about {self.tokens:,}"),
         ]
@@ -92,6 +95,7 @@ class Prepared:
     student: Student
     rows: TrainingRows
     plan: Plan
+    config: TrainConfig  # with every field decided
 
 
 def prepare(config: TrainConfig, cache_path: Path, base: str | Path, ranks: int = 1) -> Prepared:
@@ -103,9 +107,16 @@ def prepare(config: TrainConfig, cache_path: Path, base: str | Path, ranks: int 
     cache = open_cache(cache_path)
     require(config, cache.spec, str(cache.path))
     student = load_student(base)
+    _check_blocks(config, student, str(base))
     index = DrawIndex.of(cache, config.min_timestep, config.max_timestep)
     batch_rows = config.batch * config.accumulation * ranks
     steps = config.steps or max(1, math.ceil(config.epochs * index.documents / batch_rows))
+    automatic = config.fresh == AUTO
+    if automatic:
+        share = automatic_fresh(index.draws / index.documents, steps * batch_rows / index.documents)
+        config = dataclasses.replace(config, fresh=share)
+    if config.lora_rank:
+        adapters.add_adapters(student.model, config, student.mask_id if student.mask_added else None, str(base))
     distills = config.objective != "none"
     maker = RowMaker(
         student.text,
@@ -115,21 +126,39 @@ def prepare(config: TrainConfig, cache_path: Path, base: str | Path, ranks: int 
         temperature=config.temperature if config.uses_events else None,
         seed=config.seed,
         timesteps=(config.min_timestep, config.max_timestep),
+        block_start=config.block_start,
     )
-    rows = TrainingRows(cache, index, maker, config.seed, config.fresh, steps * batch_rows)
+    rows = TrainingRows(cache, index, maker, config.seed, config.fresh_share, steps * batch_rows)
     declared = student.text.digest in {s.tokenizer for s in cache.spec.students}
     plan = _plan(config, cache, index, rows, steps, "declared" if declared else "undeclared")
-    return Prepared(cache, student, rows, plan)
+    return Prepared(cache, student, rows, dataclasses.replace(plan, fresh_is_automatic=automatic), config)
+
+
+def _check_blocks(config: TrainConfig, student: Student, base: str) -> None:
+    """A base goes on with the blocks that it knows; `base_defaults` takes them from it where nobody says anything."""
+    for name, trained, asked in (
+        ("block_size", student.block_size, config.block_size),
+        ("block_start", student.block_start if "block_start" in student.metadata else None, config.block_start),
+    ):
+        if trained is not None and trained != asked:
+            raise TidecacheError(
+                f"{name}: the base {base} was trained with {trained}, this run asks for {asked}: leave "
+                f"--{name.replace('_', '-')} out (and out of the recipe) to go on with its own; to train it anew with "
+                f"another, take {name} out of its {METADATA_FILE}"
+            )
 
 
 def _plan(config: TrainConfig, cache: Cache, index: DrawIndex, rows: TrainingRows, steps: int, tokenizer: str) -> Plan:
     looked_at = [rows[number] for number in range(min(COVERAGE_DRAWS, len(rows)))]
     masked = sum(row.coverage.masked for row in looked_at)
     coverage = sum(row.coverage.usable for row in looked_at) / masked if masked else 1.0
-    if coverage == 0.0 and config.objective != "none":
+    if coverage < config.min_coverage and config.objective != "none":
+        names = ", ".join(student.name for student in cache.spec.students)
         raise TidecacheError(
-            f"{cache.path}: the student's tokenizer shares no chunk with this cache in {len(looked_at)} rows, so "
-            "nothing would be distilled: capture a cache that declares it with `tidecache teacher capture --students`"
+            f"min_coverage: with the student's tokenizer {coverage:.1%} of the masked chunks in {len(looked_at)} rows can "
+            f"carry a teacher's score, expected at least {config.min_coverage:.0%}: the cache {cache.path} was captured "
+            f"for {names}; capture one that declares this tokenizer with `tidecache teacher capture --students`, or lower "
+            "--min-coverage"
         )
     mean_length = sum(len(row.ids_L) for row in looked_at) / len(looked_at)
     timestep_R = torch.from_numpy(index.timestep_R)
@@ -154,7 +183,7 @@ def _plan(config: TrainConfig, cache: Cache, index: DrawIndex, rows: TrainingRow
         rows=len(rows),
         steps=steps,
         epochs=len(rows) / index.documents,
-        uses_per_draw=len(rows) * (1.0 - config.fresh) / index.draws,
+        uses_per_draw=len(rows) * (1.0 - config.fresh_share) / index.draws,
         coverage=coverage,
         tidal_weight_first=weight(0.0),
         tidal_weight_last=weight(1.0),
@@ -203,15 +232,9 @@ def train(
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     is_first = int(os.environ.get("RANK", "0")) == 0
     prepared = prepare(config, cache_path, base, ranks)
-    plan = prepared.plan
+    plan, config = prepared.plan, prepared.config
     if is_first:
         console.print(plan.table(config))
-        trained_with = prepared.student.block_size
-        if trained_with is not None and trained_with != config.block_size:
-            console.print(
-                f"note: the base was trained with blocks of {trained_with} tokens, this run uses {config.block_size} "
-                f"(--block-size {trained_with} keeps its own)"
-            )
         if prepared.student.mask_added:
             console.print("note: the base had no mask token; one was added, with the mean of all embeddings")
     if stop_before_training:

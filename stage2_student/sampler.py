@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from shared.errors import TidecacheError
 from shared.noise import stream_key, uniforms
+from stage2_student import families
 from stage2_student.denoising import transferred_tokens
 from stage2_student.head import Head
 from stage2_student.kv_cache import BlockCache, reading_in_place
@@ -175,7 +176,8 @@ class Sampler:
         Raises:
             TidecacheError: see `sample`.
         """
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        limits = [getattr(self.model.config, "max_position_embeddings", None), families.window(self.model.config)]
+        context = min((limit for limit in limits if limit is not None), default=None)
         if not len(prompt):
             raise TidecacheError(f"{name} has no tokens: expected at least one")
         if self.mask_id in prompt:

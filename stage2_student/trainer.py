@@ -29,7 +29,7 @@ from stage2_student.batch import Batch, Collator
 from stage2_student.config import TrainConfig
 from stage2_student.dataset import TrainingRows
 from stage2_student.losses import BatchLosses, Counts, total
-from stage2_student.model import Student, TrainableStudent, input_and_output, load_student, save_student
+from stage2_student.model import Student, TrainableStudent, input_and_output, restore_student, save_student
 
 LOG_FILE = "train_log.jsonl"
 
@@ -219,8 +219,7 @@ class StudentTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        loaded = load_student(resume_from_checkpoint)
-        self.student.model.load_state_dict(loaded.model.state_dict())
+        restore_student(self.student.model, Path(resume_from_checkpoint))
 
 
 def _body_parameters(student: Student) -> int:

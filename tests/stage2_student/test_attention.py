@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -168,12 +169,36 @@ def test_plain_models_are_accepted() -> None:
     check_attention(small_model(MistralForCausalLM, MistralConfig(**SMALL, sliding_window=None)))
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param((MistralForCausalLM, MistralConfig(**SMALL, sliding_window=8)), id="mistral"),
+        pytest.param((Qwen3ForCausalLM, None), id="qwen3"),
+    ],
+)
+def test_a_window_is_full_attention_up_to_its_length_and_refused_beyond(model: tuple[type, Any]) -> None:
+    kind, config = model
+    windowed = small_model(
+        kind, config, **({} if config else {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1})
+    )
+    check_attention(windowed)
+    noisy, clean = torch.arange(8), torch.arange(20, 28)
+    found = hidden_of(windowed, noisy, clean, 4)
+    plain = copy.deepcopy(windowed)
+    plain.config.sliding_window = None
+    for module in plain.modules():
+        if hasattr(module, "sliding_window"):
+            module.sliding_window = None
+    torch.testing.assert_close(found, hidden_of(plain, noisy, clean, 4))
+    with pytest.raises(TidecacheError, match=r"a row has 9 tokens .* sliding window of 8"):
+        hidden_of(windowed, torch.arange(9), torch.arange(20, 29), 4)
+
+
 def test_attention_that_the_mask_does_not_describe_is_refused() -> None:
-    with pytest.raises(TidecacheError, match="sliding_attention"):
-        check_attention(small_model(MistralForCausalLM, MistralConfig(**SMALL, sliding_window=8)))
-    windowed = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
-    with pytest.raises(TidecacheError, match="sliding_attention"):
-        check_attention(small_model(**windowed))
+    model = small_model()
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(TidecacheError, match="layers of chunked_attention"):
+        check_attention(model)
     capped = Gemma2Config(**SMALL, layer_types=["full_attention"] * 2, attn_logit_softcapping=30.0)
     model = small_model(Gemma2ForCausalLM, capped)
     model.config._attn_implementation = "eager"

@@ -76,13 +76,15 @@ def test_bad_toml_names_the_file(tmp_path: Path) -> None:
 
 def test_what_the_cache_lacks_is_said_with_the_command_that_adds_it(cache: Cache) -> None:
     kl = resolve({"objective": "kl", "temperature": 3.0, "tidal": "none"}, "test")
-    with pytest.raises(TidecacheError, match=r"holds 1, 2: .*capture --temperatures 1,2,3"):
+    with pytest.raises(TidecacheError, match=r"holds 1, 2: .*teacher extend here --temperatures 1,2,3"):
         require(kl, cache.spec, "here")
     gold_only = dataclasses.replace(cache.spec, lanes=("gold",))
-    with pytest.raises(TidecacheError, match=r"needs the topk lane.*--lanes gold,topk"):
+    with pytest.raises(TidecacheError, match=r"needs the topk lane.*teacher extend here --lanes topk"):
         require(dataclasses.replace(kl, temperature=2.0), gold_only, "here")
     compdemo_only = dataclasses.replace(cache.spec, contexts=("compdemo",))
-    with pytest.raises(TidecacheError, match=r"asks for plain.*pass --context compdemo.*--context both"):
+    with pytest.raises(
+        TidecacheError, match=r"asks for plain.*pass --context compdemo.*teacher extend here --context plain"
+    ):
         require(resolve({"context": "plain"}, "test"), compdemo_only, "here")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Mapping
@@ -120,7 +121,7 @@ def test_a_checkpoint_is_a_plain_folder(cache: Cache, student_folder: Path, tmp_
     assert AutoTokenizer.from_pretrained(out).mask_token == "<|mask|>"
     metadata = json.loads((out / "tidecache.json").read_text())
     assert metadata["block_size"] == 16
-    assert resolve(metadata["config"], "saved") == config
+    assert resolve(metadata["config"], "saved") == dataclasses.replace(config, fresh=0.0)  # half an epoch: none needed
     assert metadata["cache"] == {"fingerprint": cache.spec.fingerprint, "content": cache.manifest.content}
     before, after = load_file(student_folder / "model.safetensors"), load_file(out / "model.safetensors")
     assert any(not torch.equal(before[n], after[n]) for n in before)
@@ -226,7 +227,8 @@ def test_a_dry_run_writes_nothing_and_says_what_would_happen(
     for said in (
         cache.spec.fingerprint,
         "declared: 100.0% of the masked chunks",
-        "3 per document, each used 2 times on average",
+        "3 per document, each used 1 times on average",
+        "50% of each batch, cross-entropy only (automatic",
         "72 in 18 steps (6 epochs)",
         "first batch: loss",
     ):
@@ -239,6 +241,8 @@ def test_an_undeclared_student_tokenizer_trains_on_what_it_can_use(cache: Cache,
         (base / name).unlink()
     synthetic.undeclared_tokenizer(base)
     console, out = quiet(), tmp_path / "out"
+    with pytest.raises(TidecacheError, match=r"min_coverage: with the student's tokenizer \d+\.\d% .* at least 95%"):
+        run.train(short(min_coverage=0.95), cache.path, base, out, console=console)
     run.train(short(), cache.path, base, out, console=console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "undeclared:" in text

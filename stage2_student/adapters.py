@@ -1,0 +1,131 @@
+"""LoRA through peft: small trainable matrices beside frozen weights, for students that do not fit otherwise.
+
+The layers are changed in place, so that the student stays the class that everything else knows. A mask token that was
+added is new to the base: its embedding row is trained too, beside the adapters (a tied head keeps the row that it was
+given, which no target asks for). A checkpoint folder holds the merged weights, plain as ever, for everything that reads
+checkpoints, and the adapter alone in `adapter/`, which peft loads on the base and from which a run resumes.
+
+peft comes with `pip install tidecache[lora]`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shared.errors import TidecacheError
+from stage2_student.config import TrainConfig
+
+FOLDER = "adapter"
+WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."  # what peft puts before names in an adapter's file
+
+
+def add_adapters(model: PreTrainedModel, config: TrainConfig, new_row: int | None, base: str) -> None:
+    """Freeze `model` and put adapters into it, as `lora_rank`, `lora_alpha` and `lora_targets` say.
+
+    Args:
+        model: the student; changed in place.
+        config: with a rank above 0.
+        new_row: id of a mask token that was added, whose embedding row is to be trained; None: none.
+        base: the base's name, for the adapter's file.
+
+    Raises:
+        TidecacheError: peft is not installed, or no module has a name among the targets.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise TidecacheError("lora_rank: adapters need peft: pip install 'tidecache[lora]'") from error
+    names = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
+    targets: str | list[str] = names[0] if names == ["all-linear"] else names
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=_linear_layers(model) if targets == "all-linear" else targets,
+        trainable_token_indices=None if new_row is None else [new_row],
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        inject_adapter_in_model(settings, model)
+    except ValueError as error:
+        raise TidecacheError(
+            f"lora_targets: {config.lora_targets} fits no module of {type(model).__name__}: take all-linear, or names "
+            f"such as {', '.join(sorted({name.rpartition('.')[2] for name in _linear_layers(model)}))}"
+        ) from error
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """Names of all linear layers but the head. (peft's own `all-linear` needs its wrapper.)"""
+    head = model.get_output_embeddings()
+    return [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+    ]
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether `add_adapters` was here."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The plain model's weights with the adapters added in, under the plain names; the model stays as it is."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    state: dict[str, Tensor] = {}
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            layer: Any = module  # the linear one of its kinds, which alone was asked for
+            base = layer.get_base_layer()
+            with torch.no_grad():
+                state[f"{name}.weight"] = base.weight + layer.get_delta_weight("default").to(base.weight.dtype)
+            if base.bias is not None:
+                state[f"{name}.bias"] = base.bias
+            inside.append(name)
+        elif isinstance(module, TrainableTokensWrapper):
+            adapter = module.token_adapter
+            with torch.no_grad():
+                state[f"{name}.weight"] = adapter.get_merged_weights(["default"]).detach().clone()
+            inside.append(name)
+    for name, tensor in model.state_dict().items():
+        if not any(name.startswith(f"{part}.") for part in inside):
+            state[name] = tensor
+    return state
+
+
+def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Write the adapter alone, as peft does; raises OSError where the disk refuses."""
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model)
+    plain = {f"{PEFT_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    settings: Any = model.peft_config
+    settings["default"].save_pretrained(folder)
+
+
+def load_adapter(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Put the adapter of a checkpoint folder into a model that has adapters of the same shape.
+
+    Raises:
+        TidecacheError: the folder holds no adapter, or one of another shape.
+    """
+    from peft import set_peft_model_state_dict
+
+    path = checkpoint / FOLDER / WEIGHTS
+    try:
+        state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(path).items()}
+        set_peft_model_state_dict(model, state)
+    except (OSError, RuntimeError) as error:
+        raise TidecacheError(
+            f"{path}: expected the adapter of this run, found: {str(error).splitlines()[0]}: start without --resume"
+        ) from error
