@@ -65,6 +65,7 @@ class CaptureSpec:
     lanes: tuple[str, ...] = ("gold", "topk")
     k: int = 16
     temperatures: tuple[float, ...] = (1.0, 2.0)
+    tail_samples: int = 0  # per chunk of one token, of the tail beyond its k best tokens
     codec: str = "raw"
     batch_tokens: int = 4096
     dedup: str = "content"
@@ -96,12 +97,20 @@ class CaptureSpec:
             raise TidecacheError(f"temperatures: expected positive numbers, 1 among them, found {self.temperatures}")
         if not 0.0 < self.demo_ratio < 1.0:
             raise TidecacheError(f"demo_ratio: expected a number between 0 and 1, found {self.demo_ratio}")
+        if self.tail_samples < 0 or (self.tail_samples and "topk" not in self.lanes):
+            raise TidecacheError(
+                f"tail_samples: expected 0, or a positive number and the topk lane, found {self.tail_samples} and the lanes "
+                f"{', '.join(self.lanes)}"
+            )
         if self.k < 1:
             raise TidecacheError(f"k: expected at least 1, found {self.k}")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, tuples as lists."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+        """Plain JSON values, tuples as lists. `tail_samples` stands there only where it is not 0."""
+        found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        if not self.tail_samples:
+            del found["tail_samples"]  # caches from before there was such a thing keep their fingerprint
+        return found
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CaptureSpec:

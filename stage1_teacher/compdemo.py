@@ -24,7 +24,7 @@ from shared.cache.records import ContextScores, DrawRecord
 from shared.documents import Chunks, Dropped, PreparedDocument
 from shared.preparation import NOTHING_TRAINABLE
 from shared.spec import CaptureSpec
-from stage1_teacher.backends import ScoreRequest, Scores
+from stage1_teacher.backends import ScoreRequest, Scores, ScoresWithTail
 from stage1_teacher.fillings import best_fillings
 
 BoolArray = npt.NDArray[np.bool_]
@@ -95,6 +95,8 @@ class PlannedDraw:
     masked_C: BoolArray
     split_C: BoolArray  # True = A; over all chunks
     passes: tuple[Pass, ...]
+    tail_samples: int = 0
+    seed: int = 0  # of the tail samples' chances
 
 
 def plan_draw(spec: CaptureSpec, subject: Subject, draw: int) -> PlannedDraw:
@@ -114,20 +116,25 @@ def plan_draw(spec: CaptureSpec, subject: Subject, draw: int) -> PlannedDraw:
         for scored_C in ((masked_C & ~split_C, masked_C & split_C) if context == "compdemo" else (masked_C,))
         if scored_C.any()
     ]
-    return PlannedDraw(subject, draw, t, masked_C, split_C, tuple(passes))
+    return PlannedDraw(subject, draw, t, masked_C, split_C, tuple(passes), spec.tail_samples, spec.seed)
 
 
 def requests_of(draws: Sequence[PlannedDraw], mask_id: int) -> list[ScoreRequest]:
     """The passes of all draws, in order, as the teacher is asked."""
-    return [_request(draw.subject, scored.scored_C, mask_id) for draw in draws for scored in draw.passes]
+    return [_request(draw, scored, mask_id) for draw in draws for scored in draw.passes]
 
 
-def _request(subject: Subject, scored_C: BoolArray, mask_id: int) -> ScoreRequest:
+def _request(draw: PlannedDraw, scored: Pass, mask_id: int) -> ScoreRequest:
+    subject, scored_C = draw.subject, scored.scored_C
     clean_L = subject.document.teacher.ids_L
     position_N = subject.position_N[scored_C[subject.chunk_N]]
     noisy_L = clean_L.copy()
     noisy_L[position_N] = mask_id
-    return ScoreRequest(token_ids=noisy_L, positions=position_N, gold_ids=clean_L[position_N], clean_ids=clean_L)
+    chance_N = None
+    if draw.tail_samples:
+        key = noise.stream_key(draw.seed, subject.document.key, f"tail-{scored.context}", draw.draw)
+        chance_N = noise.uniforms(key, len(subject.chunk_N))[scored_C[subject.chunk_N]]
+    return ScoreRequest(noisy_L, position_N, clean_L[position_N], clean_L, chance_N, draw.tail_samples)
 
 
 def records_of(spec: CaptureSpec, draws: Sequence[PlannedDraw], scores: Scores) -> list[DrawRecord]:
@@ -165,14 +172,23 @@ def _context_scores(
     log_z_NT = scores.log_z_NT.numpy()[row_N].astype(np.float64)
     log_z_MT = np.add.reduceat(log_z_NT, start_M, axis=0) if len(count_M) else log_z_NT
     chunk_stop_D = np.cumsum(chunks_D)
+    single_M = count_M == 1
+    tail_stop_D = np.concatenate([[0], np.cumsum(single_M)])[chunk_stop_D] if len(chunk_stop_D) else chunk_stop_D
+    tail_ids_MS, tail_logp_MS = None, None
+    if isinstance(scores, ScoresWithTail):
+        tail_ids_MS = scores.tail_ids_NS.numpy()[row_N[start_M[single_M]]].astype(np.int32)
+        tail_logp_MS = scores.tail_logp_NS.numpy()[row_N[start_M[single_M]]]
     for draw in range(len(draws)):
         tokens = slice(token_stop_D[draw - 1] if draw else 0, token_stop_D[draw])
         chunks = slice(chunk_stop_D[draw - 1] if draw else 0, chunk_stop_D[draw])
+        single = slice(tail_stop_D[draw - 1] if draw else 0, tail_stop_D[draw])
         yield ContextScores(
             gold_logp_N=gold_N[tokens],
             log_z_MT=log_z_MT[chunks].astype(np.float32),
             topk_ids=flat[spec.k * tokens.start : spec.k * tokens.stop],
             topk_logp_MK=logp_MK[chunks].astype(np.float32),
+            tail_ids=None if tail_ids_MS is None else tail_ids_MS[single].reshape(-1),
+            tail_logp=None if tail_logp_MS is None else tail_logp_MS[single].reshape(-1),
         )
 
 

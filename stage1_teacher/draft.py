@@ -50,6 +50,11 @@ class Draft:
             TidecacheError: there is no such corpus, preset or tokenizer, or a choice that no capture can mean.
         """
         o = options
+        if o.tail_samples and o.backend != "transformers":
+            raise TidecacheError(
+                f"--tail-samples {o.tail_samples}: only the backend transformers samples the tail, found --backend "
+                f"{o.backend}: take --backend transformers, or leave --tail-samples out and store a larger --k"
+            )
         preset = find_preset(o.teacher).with_flags(o.layout, o.block_size, o.mask_id, o.logit_shift, o.template)
         part = ShardPart.parse(o.part) if o.part is not None else WHOLE
         extent = Extent(o.corpus, o.draws, o.documents_per_shard, o.text_column, o.split, o.limit, part)
@@ -69,6 +74,7 @@ class Draft:
             lanes=_words(o.lanes),
             k=o.k,
             temperatures=_numbers(o.temperatures),
+            tail_samples=o.tail_samples,
             batch_tokens=o.batch_tokens or preset.batch_tokens,
             held_out=_held_out(o.held_out, o.corpus),
         )

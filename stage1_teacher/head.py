@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from shared.errors import TidecacheError
 from shared.logits import logit_transform
-from stage1_teacher.backends import Scores
+from stage1_teacher.backends import Scores, ScoresWithTail
 
 TILE_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}  # float32 logits of one tile
 TILE_ROWS = 96  # but at least so many rows, since each tile reads the whole weight
@@ -70,19 +70,35 @@ class Head:
             logits_NV.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
         return logits_NV
 
-    def score(self, hidden_ND: torch.Tensor, gold_N: torch.Tensor, k: int, temperatures: tuple[float, ...]) -> Scores:
-        """Scores (on the CPU) of N rows, tile by tile; memory is that of one tile, never N x V."""
+    def score(
+        self,
+        hidden_ND: torch.Tensor,
+        gold_N: torch.Tensor,
+        k: int,
+        temperatures: tuple[float, ...],
+        tail: tuple[int, torch.Tensor] | None = None,
+    ) -> Scores:
+        """Scores (on the CPU) of N rows, tile by tile; memory is that of one tile, never N x V.
+
+        `tail`: how many tail samples, and each row's chance (float64, in [0, 1)).
+        """
         rows = max(TILE_ROWS, TILE_BYTES[hidden_ND.device.type] // (4 * self.vocabulary))
-        parts = [
-            _score_tile(self.logits(hidden_ND[first : first + rows]), gold_N[first : first + rows], k, temperatures)
-            for first in range(0, len(hidden_ND), rows)
-        ]
-        return Scores(
-            *(torch.cat([getattr(part, name) for part in parts]).cpu() for name in Scores.__dataclass_fields__)
-        )
+        parts = []
+        for first in range(0, len(hidden_ND), rows):
+            part = slice(first, first + rows)
+            chances = None if tail is None else (tail[0], tail[1][part])
+            parts.append(_score_tile(self.logits(hidden_ND[part]), gold_N[part], k, temperatures, chances))
+        kind = Scores if tail is None else ScoresWithTail
+        return kind(*(torch.cat([getattr(part, name) for part in parts]).cpu() for name in kind.__dataclass_fields__))
 
 
-def _score_tile(logits_NV: torch.Tensor, gold_N: torch.Tensor, k: int, temperatures: tuple[float, ...]) -> Scores:
+def _score_tile(
+    logits_NV: torch.Tensor,
+    gold_N: torch.Tensor,
+    k: int,
+    temperatures: tuple[float, ...],
+    tail: tuple[int, torch.Tensor] | None,
+) -> Scores:
     """All that is kept of a tile's distributions; `logits_NV` is used up."""
     gold_N1 = logits_NV.gather(1, gold_N[:, None])
     topk_NK, ids_NK = top_tokens(logits_NV, k)
@@ -96,12 +112,32 @@ def _score_tile(logits_NV: torch.Tensor, gold_N: torch.Tensor, k: int, temperatu
         log_sum[2.0] = buffer_NV.sqrt_().sum(1).log()
     for temperature in set(temperatures) - {1.0, 2.0}:
         log_sum[temperature] = torch.div(logits_NV, temperature, out=buffer_NV).exp_().sum(1).log()
-    return Scores(
+    scores = Scores(
         gold_logp_N=gold_N1[:, 0] - log_norm_N,
         topk_ids_NK=ids_NK,
         topk_logp_NK=topk_NK - log_norm_N[:, None],
         log_z_NT=torch.stack([log_sum[t] - log_norm_N / t for t in temperatures], 1),
     )
+    if tail is None:
+        return scores
+    torch.div(logits_NV, max(temperatures), out=buffer_NV).exp_().scatter_(1, ids_NK, 0.0)
+    tail_ids_NS = _systematic_samples(buffer_NV, *tail)
+    return ScoresWithTail(
+        **vars(scores),
+        tail_ids_NS=tail_ids_NS,
+        tail_logp_NS=logits_NV.gather(1, tail_ids_NS) - log_norm_N[:, None],
+    )
+
+
+def _systematic_samples(weight_NV: torch.Tensor, count: int, chance_N: torch.Tensor) -> torch.Tensor:
+    """ids_NS: entry v is drawn count · weight_v / Σ weight times on average, and never more than one off that."""
+    sums_NV = weight_NV.double().cumsum(1)
+    total_N1 = sums_NV[:, -1:].contiguous()
+    at_NS = (torch.arange(count, device=sums_NV.device) + chance_N.to(sums_NV)[:, None]) / count * total_N1
+    # The first entry whose cumulative weight is above the point; one without weight is never the first.
+    ids_NS = torch.searchsorted(sums_NV, at_NS, right=True)
+    last_N1 = torch.searchsorted(sums_NV, total_N1)  # the last entry with weight, against rounding
+    return torch.minimum(ids_NS, last_N1)
 
 
 def top_tokens(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,6 +57,9 @@ MaskLawOption = Annotated[str, typer.Option(help="chunk, or token (TIDE's; needs
 KOption = Annotated[int, typer.Option(min=1, help="Fillings stored per chunk.")]
 TemperaturesOption = Annotated[str, typer.Option(help="Temperatures with a stored log Z, comma-separated.")]
 LanesOption = Annotated[str, typer.Option(help="gold, or gold,topk.")]
+TailSamplesOption = Annotated[
+    int, typer.Option(min=0, help="Samples of the tail per chunk of one token: for KL with a shared tokenizer.")
+]
 DemoRatioOption = Annotated[float, typer.Option(help="Share of masked chunks that CompDemo shows in pass 1.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of timesteps, masks and splits.")]
 LayoutOption = Annotated[
@@ -107,6 +110,7 @@ class CaptureOptions:
     mask_law: MaskLawOption = "chunk"
     k: KOption = 16
     temperatures: TemperaturesOption = "1,2"
+    tail_samples: TailSamplesOption = 0
     lanes: LanesOption = "gold,topk"
     demo_ratio: DemoRatioOption = 0.5
     seed: SeedOption = 0

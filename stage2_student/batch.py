@@ -5,7 +5,7 @@ is never asked for. Only masked positions matter to the head, so the batch lists
 among them (M), and for events the tokens of every event (P), all as flat indices: no dense [chunks × tokens] arrays.
 
 Shape suffixes: B rows, L tokens, N masked tokens, C scored chunks, M tokens of scored chunks, E events per chunk at
-most, P tokens of all events.
+most, P tokens of all events, S tail samples, W tail samples per chunk at most.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class EventTensors:
     event_P: Tensor  # chunk · E + event
     teacher_CE: Tensor
     valid_CE: Tensor
+    tail: TailTensors | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> EventTensors:
         """Move every tensor."""
@@ -44,7 +45,24 @@ class EventTensors:
         return self._changed(lambda value: value.pin_memory())
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> EventTensors:
-        return EventTensors(*(change(getattr(self, f.name)) for f in dataclasses.fields(self)))
+        tail = None if self.tail is None else self.tail.changed(change)
+        names = [f.name for f in dataclasses.fields(self) if f.name != "tail"]
+        return EventTensors(**{name: change(getattr(self, name)) for name in names}, tail=tail)
+
+
+@dataclass(frozen=True)
+class TailTensors:
+    """Samples of the teacher's tail, as `objectives.tail_kl_loss` takes them; −inf in `log_share_CW` where there is none."""
+
+    position_S: Tensor  # which of the N masked tokens
+    id_S: Tensor
+    slot_S: Tensor  # chunk · W + sample
+    teacher_CW: Tensor
+    log_share_CW: Tensor
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> TailTensors:
+        """With `change` done to every tensor."""
+        return TailTensors(*(change(getattr(self, f.name)) for f in dataclasses.fields(self)))
 
 
 @dataclass(frozen=True)
@@ -163,4 +181,32 @@ def _event_tensors(rows: Sequence[Row], first_C: IntArray, count_C: IntArray) ->
         event_P=torch.from_numpy(np.repeat(chunk_X * width + number_X, count_X)),
         teacher_CE=torch.from_numpy(teacher_CE),
         valid_CE=torch.from_numpy(valid_CE),
+        tail=_tail_tensors(rows, first_C),
+    )
+
+
+def _tail_tensors(rows: Sequence[Row], first_C: IntArray) -> TailTensors | None:
+    """Tail samples of all rows; None where no row has any. Their chunks have one token each."""
+    offset_R = np.cumsum([0, *(len(row.token_first_Q) for row in rows)])
+    found = [
+        (row.events.tail, offset)
+        for row, offset in zip(rows, offset_R.tolist(), strict=False)
+        if row.events is not None and row.events.tail is not None
+    ]
+    if not found:
+        return None
+    chunk_S = np.concatenate([tail.chunk_S + offset for tail, offset in found])
+    samples_C = np.bincount(chunk_S, minlength=len(first_C))
+    number_S = np.arange(len(chunk_S)) - (np.cumsum(samples_C) - samples_C)[chunk_S]
+    width = max(1, int(samples_C.max(initial=0)))
+    teacher_CW = np.zeros((len(first_C), width), np.float32)
+    log_share_CW = np.full((len(first_C), width), -np.inf, np.float32)
+    teacher_CW[chunk_S, number_S] = np.concatenate([tail.logp_S for tail, _ in found])
+    log_share_CW[chunk_S, number_S] = np.concatenate([tail.log_share_S for tail, _ in found])
+    return TailTensors(
+        position_S=torch.from_numpy(first_C[chunk_S]),
+        id_S=torch.from_numpy(np.concatenate([tail.id_S for tail, _ in found])),
+        slot_S=torch.from_numpy(chunk_S * width + number_S),
+        teacher_CW=torch.from_numpy(teacher_CW),
+        log_share_CW=torch.from_numpy(log_share_CW),
     )

@@ -261,7 +261,7 @@ class RowMaker:
             known = len(view.spelled)
             events = chunk_events(
                 view, draw, self.context, own_Q, masked_before, teacher_logp_Q,
-                self.temperature, column, self.speller,
+                self.temperature, column, self.speller, self.spec,
             )  # fmt: skip
             self._spellings += len(view.spelled) - known
         return Row(

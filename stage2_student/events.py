@@ -7,7 +7,12 @@ chunk has, with every other token left as it was. Retokenising the whole documen
 space: there byte-level and SentencePiece tokenizers split the text whatever lies beyond. A window counts only if it
 reproduces the document's tokens with the gold in place; otherwise it grows, up to the whole document.
 
-Shape suffixes: Q scored own chunks of a row, E events of a row, P tokens of all events in order.
+Within one tokenizer nothing needs spelling: where student and teacher share their vocabulary, a chunk of one token on
+both sides has the candidates' ids themselves as events, as the paper's KL over the shared vocabulary has, and the tail
+samples of the cache (if it has any) say what *other* is made of.
+
+Shape suffixes: Q scored own chunks of a row, E events of a row, P tokens of all events in order, S tail samples of a row,
+V ids that both vocabularies have.
 """
 
 from __future__ import annotations
@@ -24,10 +29,13 @@ from shared.documents import BoolArray, IntArray
 from shared.tokenization import IrreproducibleText, TextTokenizer
 
 if TYPE_CHECKING:
-    from shared.cache.records import Draw
+    from shared.cache.records import ContextScores, Draw
+    from shared.cache.vocabulary import TeacherVocabulary
+    from shared.spec import CaptureSpec
     from stage2_student.data import View
 
 Spelling = tuple[int, ...] | None
+SHARED_FROM = 0.99  # share of common ids that must spell the same for two vocabularies to be one
 _SPACE = 0x20
 
 
@@ -43,6 +51,33 @@ class Events:
     start_E: IntArray
     ids_P: IntArray
     log_mass_E: npt.NDArray[np.float32]
+    tail: TailSamples | None = None
+
+
+@dataclass(frozen=True)
+class TailSamples:
+    """Samples of the teacher's tail: the student's id, its chunk of the row, log p at the temperature asked for, and the
+    log of its share of the tail at that temperature (over each chunk's samples the shares sum to 1).
+    """
+
+    chunk_S: IntArray
+    id_S: IntArray
+    logp_S: npt.NDArray[np.float32]
+    log_share_S: npt.NDArray[np.float32]
+
+
+def shared_ids(tokenizer: TextTokenizer, vocabulary: TeacherVocabulary) -> BoolArray | None:
+    """Which ids mean the same to both, over those that both have; None unless nearly all do.
+
+    Tokenizers of one family may differ in a few added tokens (WeDLM's and Qwen3's share 151,646 ids of 151,669).
+    """
+    common = min(len(tokenizer.token_bytes), len(vocabulary))
+    same_V = np.array(
+        [a == b for a, b in zip(tokenizer.token_bytes[:common], vocabulary.token_bytes[:common], strict=True)], np.bool_
+    )
+    same_V &= tokenizer.special[:common] == vocabulary.special_V[:common]
+    longest = max(len(tokenizer.token_bytes), len(vocabulary))
+    return same_V if same_V.sum() >= SHARED_FROM * longest else None
 
 
 def spell_in_document(tokenizer: TextTokenizer, view: View, own: int, candidate: bytes) -> Spelling:
@@ -99,6 +134,13 @@ class Speller:
         self._length_V = np.array([len(spelled) for spelled in tokenizer.token_bytes], np.int64)
         self._known = frozenset(tokenizer.token_bytes)
         self._special_ids = frozenset(np.flatnonzero(tokenizer.special).tolist())
+        self._shared: tuple[TeacherVocabulary, BoolArray | None] | None = None
+
+    def shared_ids(self, vocabulary: TeacherVocabulary) -> BoolArray | None:
+        """`shared_ids` of this tokenizer, remembered for the last vocabulary."""
+        if self._shared is None or self._shared[0] is not vocabulary:
+            self._shared = (vocabulary, shared_ids(self.tokenizer, vocabulary))
+        return self._shared[1]
 
     def _may_be(self, candidate: bytes, count: int) -> bool:
         """Whether `count` tokens can spell the candidate at all; a cheap no for one or two, which most chunks have."""
@@ -237,12 +279,14 @@ def chunk_events(
     temperature: float,
     temperature_column: int,
     speller: Speller,
+    spec: CaptureSpec,
 ) -> Events:
     """The events of each scored own chunk of a draw, with the teacher's log masses at `temperature` (DESIGN §5).
 
     `masked_before[c]` counts the draw's masked chunks before cache chunk c; `temperature_column` is the column of
-    `temperature` in `log_z_MT`. An own chunk of several cache chunks has the gold alone: the lane holds no fillings of
-    their union. Candidates with the same bytes are added up; those with the gold's bytes count as *other*.
+    `temperature` in `log_z_MT`. Chunks of one token of a shared vocabulary have ids as events. An own chunk of several
+    cache chunks has the gold alone: the lane holds no fillings of their union. Candidates with the same bytes are added
+    up; those with the gold's bytes count as *other*.
     """
     scores = draw.scores[context]
     assert scores.log_z_MT is not None
@@ -259,6 +303,9 @@ def chunk_events(
     special_V = draw.vocabulary.special_V
     special = set(np.flatnonzero(special_V).tolist()) if special_V[scores.topk_ids].any() else set()
     token_bytes = draw.vocabulary.token_bytes
+    same_V = speller.shared_ids(draw.vocabulary)
+    by_id_Q = _single_shared_tokens(view, draw, own_Q, first_Q, stop_Q, same_V)
+    candidates: list[list[tuple[tuple[int, ...], float]]] = [[] for _ in own_Q]
 
     wanted: list[tuple[int, bytes]] = []
     mass: list[float] = []
@@ -270,6 +317,13 @@ def chunk_events(
         gold = view.rendering[view.encoded.edges[a] : view.encoded.edges[b]]
         n, begin = int(count_M[m]), int(start_M[m])
         log_z = float(log_z_Q[q])
+        if by_id_Q[q]:
+            assert same_V is not None
+            gold_id = int(view.ids_L[a])
+            for token, logp in zip(ids[begin : begin + k], scores.topk_logp_MK[m].tolist(), strict=True):
+                if token != gold_id and token < len(same_V) and same_V[token]:
+                    candidates[q].append(((token,), logp / temperature - log_z))
+            continue
         by_bytes: dict[bytes, float] = {}
         for logp in scores.topk_logp_MK[m].tolist():
             filling = ids[begin : begin + n]
@@ -287,7 +341,6 @@ def chunk_events(
 
     spelled = speller.spell(view, wanted)
     gold_mass_Q = teacher_logp_Q.astype(np.float64) / temperature - log_z_Q
-    candidates: list[list[tuple[tuple[int, ...], float]]] = [[] for _ in own_Q]
     for q, spelling_ids, scaled in zip(chunk, spelled, mass, strict=True):
         if spelling_ids is not None:
             candidates[q].append((spelling_ids, scaled))
@@ -307,4 +360,60 @@ def chunk_events(
         np.array(start_E, np.int64),
         np.array(ids_P, np.int64),
         np.array(log_mass_E, np.float32),
+        _tail(scores, view, own_Q, first_Q, by_id_Q, same_V, count_M, log_z_Q, temperature, spec),
+    )
+
+
+def _single_shared_tokens(
+    view: View, draw: Draw, own_Q: IntArray, first_Q: IntArray, stop_Q: IntArray, same_V: BoolArray | None
+) -> BoolArray:
+    """Which own chunks are one masked chunk of one token, the same id on both sides."""
+    if same_V is None:
+        return np.zeros(len(own_Q), np.bool_)
+    stored, chunk_Q = draw.stored, view.own_first_O[own_Q]
+    token_first_C = np.cumsum(stored.token_count_C) - stored.token_count_C
+    teacher_Q = stored.token_ids_N[token_first_C[chunk_Q]].astype(np.int64)
+    first_token_Q = view.own_token_first_O[own_Q]
+    single_Q = (stored.token_count_C[chunk_Q] == 1) & (stop_Q - first_Q == 1)
+    single_Q &= view.own_token_stop_O[own_Q] - first_token_Q == 1
+    return np.asarray(single_Q & (view.ids_L[first_token_Q] == teacher_Q))
+
+
+def _tail(
+    scores: ContextScores,
+    view: View,
+    own_Q: IntArray,
+    first_Q: IntArray,
+    by_id_Q: BoolArray,
+    same_V: BoolArray | None,
+    count_M: IntArray,
+    log_z_Q: npt.NDArray[np.float64],
+    temperature: float,
+    spec: CaptureSpec,
+) -> TailSamples | None:
+    """The tail samples of the chunks that have ids as events; those that are the gold, or no shared id, left out.
+
+    They were drawn in proportion to p at the spec's highest temperature, so at T each has a share in proportion to
+    exp(L / T − L / T_highest) of what they stand for; that this cannot be p_T itself is what weights are for.
+    """
+    if scores.tail_ids is None or scores.tail_logp is None or same_V is None or not by_id_Q.any():
+        return None
+    single_M = np.cumsum(count_M == 1) - 1  # of a chunk of one token among these
+    chosen_Q = np.flatnonzero(by_id_Q)
+    row_Q = single_M[first_Q[chosen_Q]]
+    id_QS = scores.tail_ids.reshape(-1, spec.tail_samples)[row_Q].astype(np.int64)
+    logp_QS = scores.tail_logp.reshape(-1, spec.tail_samples)[row_Q].astype(np.float64)
+    gold_Q = view.ids_L[view.own_token_first_O[own_Q[chosen_Q]]]
+    kept_QS = (id_QS != gold_Q[:, None]) & (id_QS < len(same_V))
+    kept_QS &= same_V[np.minimum(id_QS, len(same_V) - 1)]
+    log_weight_QS = np.where(kept_QS, logp_QS * (1.0 / temperature - 1.0 / max(spec.temperatures)), -np.inf)
+    largest_Q = np.max(log_weight_QS, axis=1, initial=-1e30, keepdims=True)
+    with np.errstate(divide="ignore"):
+        log_total_Q = largest_Q + np.log(np.exp(log_weight_QS - largest_Q).sum(axis=1, keepdims=True))
+    where_q, where_s = np.nonzero(kept_QS)
+    return TailSamples(
+        chunk_S=chosen_Q[where_q],
+        id_S=id_QS[where_q, where_s],
+        logp_S=(logp_QS / temperature - log_z_Q[chosen_Q][:, None])[where_q, where_s].astype(np.float32),
+        log_share_S=(log_weight_QS[where_q, where_s] - log_total_Q[where_q, 0]).astype(np.float32),
     )

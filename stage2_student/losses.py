@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stage2_student import objectives, tidal
-from stage2_student.batch import Batch
+from stage2_student.batch import Batch, EventTensors
 from stage2_student.config import TrainConfig
 from stage2_student.head import Head, gather_logits
 from stage2_student.objectives import Mean
@@ -65,6 +65,8 @@ def batch_losses(hidden_ND: Tensor, head: Head, batch: Batch, config: TrainConfi
     if events is not None:
         rows, ids = torch.cat([rows, events.position_P]), torch.cat([ids, events.id_P])
         temperatures.append(config.temperature)
+        if events.tail is not None:
+            rows, ids = torch.cat([rows, events.tail.position_S]), torch.cat([ids, events.tail.id_S])
     logit, log_z_NT = gather_logits(hidden_ND, head, rows, ids, temperatures)
     gold_N, log_z_N = logit[: len(position_N)], log_z_NT[:, 0]
     nll_N = log_z_N - gold_N
@@ -77,8 +79,15 @@ def batch_losses(hidden_ND: Tensor, head: Head, batch: Batch, config: TrainConfi
         loss_C = torch.zeros_like(student_logp_C)
     elif events is not None:
         log_z_C = objectives.sum_over(log_z_NT[batch.position_M, 1], batch.chunk_M, chunks)
-        logit_CE = objectives.sum_over(logit[len(position_N) :], events.event_P, events.valid_CE.numel())
-        loss_C = _event_loss(logit_CE.view(events.valid_CE.shape), log_z_C, batch, strength_C, config)
+        of_events, of_tail = len(position_N), len(position_N) + len(events.id_P)
+        logit_CE = objectives.sum_over(logit[of_events:of_tail], events.event_P, events.valid_CE.numel())
+        logit_CE = logit_CE.view(events.valid_CE.shape)
+        if events.tail is not None and config.objective == "kl":
+            log_z_S = log_z_NT[events.tail.position_S, 1]
+            tail_S = logit[of_tail:] / config.temperature - log_z_S
+            loss_C = _tail_loss(logit_CE, log_z_C, tail_S, batch, strength_C, config)
+        else:
+            loss_C = _event_loss(logit_CE, log_z_C, batch, strength_C, config)
     elif config.uses_events:  # only fresh rows in this batch: nothing is scored
         loss_C = torch.zeros_like(student_logp_C)
     else:
@@ -114,12 +123,33 @@ def _calm_loss(student_logp_C: Tensor, teacher_logp_C: Tensor, strength_C: Tenso
     return loss(student_logp_C, teacher_logp_C, config.temperature)
 
 
+def _event_masses(logit_CE: Tensor, log_z_C: Tensor, events: EventTensors, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log masses of the student's and the teacher's events, *other* last."""
+    student_CE = objectives.event_log_mass(logit_CE, log_z_C, events.valid_CE, temperature)
+    # The teacher's masses are normalised already: as log-likelihoods at temperature 1 with a normaliser of 0.
+    teacher_CE = objectives.event_log_mass(events.teacher_CE, torch.zeros_like(log_z_C), events.valid_CE, 1.0)
+    return student_CE, teacher_CE
+
+
+def _tail_loss(
+    logit_CE: Tensor, log_z_C: Tensor, tail_S: Tensor, batch: Batch, strength_C: Tensor, config: TrainConfig
+) -> Tensor:
+    """Forward KL with tail samples; `tail_S`: the student's log-likelihood of each at the recipe's temperature."""
+    assert batch.events is not None
+    assert batch.events.tail is not None
+    tail = batch.events.tail
+    student_CE, teacher_CE = _event_masses(logit_CE, log_z_C, batch.events, config.temperature)
+    flat = torch.zeros(tail.teacher_CW.numel(), dtype=tail_S.dtype, device=tail_S.device)
+    student_CW = flat.index_add(0, tail.slot_S, tail_S).view(tail.teacher_CW.shape)
+    return objectives.tail_kl_loss(
+        student_CE, teacher_CE, student_CW, tail.teacher_CW, tail.log_share_CW, strength_C, config.temperature
+    )
+
+
 def _event_loss(logit_CE: Tensor, log_z_C: Tensor, batch: Batch, strength_C: Tensor, config: TrainConfig) -> Tensor:
     assert batch.events is not None
-    valid_CE, temperature = batch.events.valid_CE, config.temperature
-    student_CE = objectives.event_log_mass(logit_CE, log_z_C, valid_CE, temperature)
-    # The teacher's masses are normalised already: as log-likelihoods at temperature 1 with a normaliser of 0.
-    teacher_CE = objectives.event_log_mass(batch.events.teacher_CE, torch.zeros_like(log_z_C), valid_CE, 1.0)
+    temperature = config.temperature
+    student_CE, teacher_CE = _event_masses(logit_CE, log_z_C, batch.events, temperature)
     if config.tidal == "interpolate":
         return objectives.tidal_event_kl_loss(student_CE, teacher_CE, strength_C, temperature)
     loss = objectives.reverse_event_kl_loss if config.objective == "reverse-kl" else objectives.event_kl_loss

@@ -9,7 +9,8 @@ count) through `weighted` and `cross_entropy`, and `Mean.over` is the one place 
 one batch, or by the count of the whole step, which depends on the batches alone and so is known before any forward
 pass. An empty mean is 0 with gradient 0.
 
-Shape suffixes: C chunks, N positions, V vocabulary, E events of a chunk (the last is *other*), B samples, M pairs.
+Shape suffixes: C chunks, N positions, V vocabulary, E events of a chunk (the last is *other*), W tail samples of a chunk,
+B samples, M pairs.
 Log-likelihoods are in nats. bfloat16 and float16 are raised to float32; other dtypes are kept: float64 stays float64.
 """
 
@@ -200,13 +201,13 @@ def tidal_event_kl_loss(student_CE: Tensor, teacher_CE: Tensor, strength_C: Tens
 def tail_kl_loss(
     student_CE: Tensor,
     teacher_CE: Tensor,
-    student_tail_CM: Tensor,
-    teacher_tail_CM: Tensor,
-    log_share_CM: Tensor,
+    student_tail_CW: Tensor,
+    teacher_tail_CW: Tensor,
+    log_share_CW: Tensor,
     strength_C: Tensor,
     temperature: float,
 ) -> Tensor:
-    """T²·KL(target‖s) with *other* told apart by samples of the teacher's tail; its gradient, not its value.
+    """T²·KL(target‖s) with *other* told apart by samples of the teacher's tail.
 
     The events' loss takes the teacher's tail to have the student's shape, which at T = 2, where the tail holds most of
     the mass, can turn the gradient round (bench/kl_tail.py). M samples say what shape it has. The target of a chunk:
@@ -222,35 +223,38 @@ def tail_kl_loss(
     Args:
         student_CE: log masses by `event_log_mass`, *other* last.
         teacher_CE: the teacher's, on the same events.
-        student_tail_CM: log s_T of the samples; −inf where a chunk has fewer.
-        teacher_tail_CM: log p_T of the samples.
-        log_share_CM: log of each sample's share of the teacher's tail at T, summing to 1 over a chunk's samples.
+        student_tail_CW: log s_T of the samples; −inf where a chunk has fewer.
+        teacher_tail_CW: log p_T of the samples.
+        log_share_CW: log of each sample's share of the teacher's tail at T, summing to 1 over a chunk's samples.
         strength_C: λ of each chunk's sample; 1 for the plain forward KL.
         temperature: the T all were made at.
 
     Returns:
-        Loss per chunk, up to what does not depend on the student. Chunks without samples keep their whole *other*.
+        Loss per chunk; at λ = 1 an unbiased estimate of the dense one. Chunks without samples keep their whole *other*.
     """
     student_CE, teacher_CE = _raised(student_CE), _raised(teacher_CE)
-    student_tail_CM, teacher_tail_CM = _raised(student_tail_CM), _raised(teacher_tail_CM)
+    student_tail_CW, teacher_tail_CW = _raised(student_tail_CW), _raised(teacher_tail_CW)
     strength_C1 = strength_C.to(student_CE.dtype)[:, None]
-    sampled_CM = torch.isfinite(log_share_CM)
-    zero_CM, none_CM = torch.zeros_like(student_tail_CM), torch.full_like(student_tail_CM, -torch.inf)
-    student_tail_CM = torch.where(sampled_CM, student_tail_CM, zero_CM)
+    sampled_CW = torch.isfinite(log_share_CW)
+    zero_CW, none_CW = torch.zeros_like(student_tail_CW), torch.full_like(student_tail_CW, -torch.inf)
+    student_tail_CW = torch.where(sampled_CW, student_tail_CW, zero_CW)
     with torch.no_grad():
         valid_CE = torch.isfinite(teacher_CE)
         mixed_CE = torch.where(valid_CE, (1.0 - strength_C1) * student_CE + strength_C1 * teacher_CE, -torch.inf)
-        ratio_CM = (1.0 - strength_C1) * (student_tail_CM - torch.where(sampled_CM, teacher_tail_CM, zero_CM))
-        estimate_C = teacher_CE[:, -1] + torch.logsumexp(torch.where(sampled_CM, log_share_CM + ratio_CM, none_CM), 1)
-        has_samples_C = sampled_CM.any(dim=1)
+        ratio_CW = (1.0 - strength_C1) * (student_tail_CW - torch.where(sampled_CW, teacher_tail_CW, zero_CW))
+        estimate_C = teacher_CE[:, -1] + torch.logsumexp(torch.where(sampled_CW, log_share_CW + ratio_CW, none_CW), 1)
+        has_samples_C = sampled_CW.any(dim=1)
         other_C = torch.where(has_samples_C, torch.minimum(estimate_C, mixed_CE[:, -1]), mixed_CE[:, -1])
         target_CE = torch.softmax(torch.cat([mixed_CE[:, :-1], other_C[:, None]], dim=1), dim=1)
         on_samples_C = torch.where(has_samples_C, strength_C.to(student_CE.dtype), 0.0)
-        share_CM = torch.where(sampled_CM, log_share_CM.to(student_CE.dtype).exp(), zero_CM)
-    spread_C = (1.0 - on_samples_C) * student_CE[:, -1] + on_samples_C * (share_CM * student_tail_CM).sum(dim=1)
+        share_CW = torch.where(sampled_CW, log_share_CW.to(student_CE.dtype).exp(), zero_CW)
+    spread_C = (1.0 - on_samples_C) * student_CE[:, -1] + on_samples_C * (share_CW * student_tail_CW).sum(dim=1)
     known_CE = torch.where(valid_CE[:, :-1], student_CE[:, :-1], torch.zeros_like(student_CE[:, :-1]))
     cross_C = (target_CE[:, :-1] * known_CE).sum(dim=1) + target_CE[:, -1] * spread_C
-    return -(temperature**2) * cross_C
+    with torch.no_grad():  # the target's own entropy, which has no gradient, makes a divergence of it
+        within_C = (share_CW * torch.where(sampled_CW, teacher_tail_CW, zero_CW)).sum(dim=1) - teacher_CE[:, -1]
+        own_C = torch.special.xlogy(target_CE, target_CE).sum(dim=1) + target_CE[:, -1] * on_samples_C * within_C
+    return temperature**2 * (own_C - cross_C)
 
 
 def _event_divergence(log_p_CE: Tensor, log_q_CE: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ are float32 rounded to 11 significant bits, and zstd stores little more than tho
 most 0.004 nats for values from −8 to −16, and never more than 2^-11 of the value. log Z keeps 16 bits, since the tail
 mass is a small difference.
 
-Shapes as in `shared.cache.records`. Columns of a context x: x_gold_logp, x_topk_ids, x_topk_logp, x_log_z.
+Shapes as in `shared.cache.records`. Columns of a context x: x_gold_logp, x_topk_ids, x_topk_logp, x_log_z, and with tail
+samples x_tail_ids, x_tail_logp.
 """
 
 from __future__ import annotations
@@ -58,6 +59,9 @@ def context_columns(spec: CaptureSpec, context: str) -> dict[str, pa.DataType]:
         columns[f"{context}_topk_ids"] = pa.list_(pa.int32())
         columns[f"{context}_topk_logp"] = pa.list_(pa.float32())
         columns[f"{context}_log_z"] = pa.list_(pa.float32())
+        if spec.tail_samples:
+            columns[f"{context}_tail_ids"] = pa.list_(pa.int32())
+            columns[f"{context}_tail_logp"] = pa.list_(pa.float32())
     return columns
 
 
@@ -94,6 +98,8 @@ def stored_scores(scores: ContextScores) -> ContextScores:
         log_z_MT=round_significant(scores.log_z_MT, LOG_Z_BITS),
         topk_ids=np.ascontiguousarray(scores.topk_ids, dtype=np.int32),
         topk_logp_MK=round_significant(scores.topk_logp_MK, LOGP_BITS),
+        tail_ids=None if scores.tail_ids is None else np.ascontiguousarray(scores.tail_ids, dtype=np.int32),
+        tail_logp=None if scores.tail_logp is None else round_significant(scores.tail_logp, LOGP_BITS),
     )
 
 
@@ -179,6 +185,9 @@ def _context_arrays(spec: CaptureSpec, scores: ContextScores) -> dict[str, npt.N
         arrays["topk_ids"] = scores.topk_ids
         arrays["topk_logp"] = scores.topk_logp_MK.reshape(-1)
         arrays["log_z"] = scores.log_z_MT[:, _hot(spec)].reshape(-1)
+    if scores.tail_ids is not None and scores.tail_logp is not None:
+        arrays["tail_ids"] = scores.tail_ids
+        arrays["tail_logp"] = scores.tail_logp
     return arrays
 
 
@@ -282,6 +291,8 @@ def _scores_of(spec: CaptureSpec, context: str, row: Mapping[str, npt.NDArray[An
         log_z_MT=log_z_MT,
         topk_ids=row[f"{context}_topk_ids"],
         topk_logp_MK=row[f"{context}_topk_logp"].reshape(count, spec.k),
+        tail_ids=row[f"{context}_tail_ids"] if spec.tail_samples else None,
+        tail_logp=row[f"{context}_tail_logp"] if spec.tail_samples else None,
     )
 
 
@@ -333,7 +344,7 @@ def draw_digest(
     for context in sorted(contexts):
         for name, array in _context_arrays(spec, contexts[context]).items():
             frames.add(f"{context}_{name}".encode())
-            frames.add(array.astype("<i4" if name == "topk_ids" else "<f4").tobytes())
+            frames.add(array.astype("<i4" if name.endswith("_ids") else "<f4").tobytes())
     return int.from_bytes(frames.digest(), "little")
 
 

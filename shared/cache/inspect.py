@@ -25,7 +25,14 @@ from shared.cache.parquet import footer_of, read_metadata
 from shared.cache.reader import Cache
 from shared.cache.statistics import TIMESTEP_BINS, ContextStatistics
 
-LANE_OF_COLUMN = {"gold_logp": "gold", "topk_ids": "topk", "topk_logp": "topk", "log_z": "topk"}
+LANE_OF_COLUMN = {
+    "gold_logp": "gold",
+    "topk_ids": "topk",
+    "topk_logp": "topk",
+    "log_z": "topk",
+    "tail_ids": "topk",
+    "tail_logp": "topk",
+}
 
 
 @dataclass(frozen=True)

@@ -69,12 +69,18 @@ class ContextScores:
 
     `topk_ids` is flat: for masked chunk m, K fillings of n_m ids each, filling after filling, best first; so it holds
     K·N ids. `log_z_MT` has one column per temperature of the spec, in its order, 0 where T = 1.
+
+    `tail_ids` and `tail_logp` are flat too, and there only if the spec has tail samples: for each masked chunk of one
+    token, in order, that many tokens from beyond its K best, drawn (with replacement) in proportion to p_T at the spec's
+    highest temperature.
     """
 
     gold_logp_N: FloatArray
     log_z_MT: FloatArray | None = None
     topk_ids: IdArray | None = None
     topk_logp_MK: FloatArray | None = None
+    tail_ids: IdArray | None = None
+    tail_logp: FloatArray | None = None
 
 
 @dataclass(frozen=True)

@@ -208,5 +208,11 @@ def _check_draw(cache: Cache, receipt: Receipt, draw: Draw) -> None:
                 raise TidecacheError(f"{where}: candidates of {context} are not ids of the vocabulary, or too few")
             if (np.diff(scores.topk_logp_MK, axis=1) > 0).any() or not np.isfinite(scores.log_z_MT).all():
                 raise TidecacheError(f"{where}: candidates of {context} are not in descending order")
+        if scores.tail_ids is not None and scores.tail_logp is not None:
+            logps += [scores.tail_logp]
+            ids = scores.tail_ids
+            wanted = spec.tail_samples * int((draw.token_count_M == 1).sum())
+            if len(ids) != wanted or (len(ids) and not 0 <= ids.min() <= ids.max() < spec.teacher.vocabulary):
+                raise TidecacheError(f"{where}: tail samples of {context} are not ids of the vocabulary, or too few")
         if len(scores.gold_logp_N) != tokens or not all(np.isfinite(x).all() and (x <= 1e-3).all() for x in logps):
             raise TidecacheError(f"{where}: log-likelihoods of {context} are not finite numbers up to 0, one per token")

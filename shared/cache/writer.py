@@ -299,10 +299,12 @@ def _check_draw(spec: CaptureSpec, document: StoredDocument, record: DrawRecord)
             scores,
             chunks,
             tokens,
+            int((document.token_count_C[record.masked_C] == 1).sum()),
         )
 
 
-def _check_scores(spec: CaptureSpec, where: str, scores: ContextScores, chunks: int, tokens: int) -> None:
+def _check_scores(spec: CaptureSpec, where: str, scores: ContextScores, chunks: int, tokens: int, single: int) -> None:
+    """`single`: masked chunks of one token."""
     shapes = [scores.gold_logp_N.shape == (tokens,)]
     logps = [scores.gold_logp_N]
     if "topk" in spec.lanes:
@@ -314,6 +316,11 @@ def _check_scores(spec: CaptureSpec, where: str, scores: ContextScores, chunks: 
             scores.log_z_MT.shape == (chunks, len(spec.temperatures)),
         ]
         logps.append(scores.topk_logp_MK)
+        if (scores.tail_ids is None) == bool(spec.tail_samples):
+            raise ValueError(f"{where}: the spec says {spec.tail_samples} tail samples, the record otherwise")
+        if scores.tail_ids is not None and scores.tail_logp is not None:
+            shapes += [tail.shape == (spec.tail_samples * single,) for tail in (scores.tail_ids, scores.tail_logp)]
+            logps.append(scores.tail_logp)
         if not np.isfinite(scores.log_z_MT).all():
             raise TidecacheError(
                 f"{where}: the teacher {spec.teacher.name} gave log Z that is not finite: check its weights and dtype"

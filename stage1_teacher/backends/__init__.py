@@ -41,12 +41,16 @@ class ScoreRequest:
         positions: where the tokens to predict stand in x_t, before any logit shift.
         gold_ids: the true token at each of these positions.
         clean_ids: x_0, L ids; required by the layout `bd3lm`, unused by the others.
+        tail_chances: for each position a number in [0, 1) that decides its tail samples; None: none are wanted.
+        tail_samples: how many, per position.
     """
 
     token_ids: Ids
     positions: Ids
     gold_ids: Ids
     clean_ids: Ids | None = None
+    tail_chances: npt.NDArray[np.float64] | None = None
+    tail_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,21 @@ class Scores:
     topk_ids_NK: torch.Tensor
     topk_logp_NK: torch.Tensor
     log_z_NT: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ScoresWithTail(Scores):
+    """The same with tail samples, where the requests want some (S per position).
+
+    Attributes:
+        tail_ids_NS: tokens from beyond the k most likely, each with a chance in proportion to p_T at the highest
+            temperature, S per position (systematic sampling: the S points chance, chance + 1, … of the tail's
+            cumulative distribution in the order of ids, divided by S).
+        tail_logp_NS: their log-probabilities at temperature 1.
+    """
+
+    tail_ids_NS: torch.Tensor
+    tail_logp_NS: torch.Tensor
 
 
 class Teacher(Protocol):
@@ -134,4 +153,13 @@ def load(
     return load_transformers_teacher(preset, numbers, dtype, batch_tokens)
 
 
-__all__ = ["BACKENDS", "BATCH_TOKENS", "OutOfDeviceMemoryError", "ScoreRequest", "Scores", "Teacher", "load"]
+__all__ = [
+    "BACKENDS",
+    "BATCH_TOKENS",
+    "OutOfDeviceMemoryError",
+    "ScoreRequest",
+    "Scores",
+    "ScoresWithTail",
+    "Teacher",
+    "load",
+]

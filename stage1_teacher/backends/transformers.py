@@ -25,7 +25,7 @@ import torch
 from shared.errors import TidecacheError
 from stage1_teacher.architectures.loading import DTYPES, load_model
 from stage1_teacher.architectures.tokenizers import has_tokenizer, teacher_tokenizer
-from stage1_teacher.backends import OutOfDeviceMemoryError, ScoreRequest, Scores
+from stage1_teacher.backends import OutOfDeviceMemoryError, ScoreRequest, Scores, ScoresWithTail
 from stage1_teacher.backends.requests import Arrays, checked
 from stage1_teacher.head import Head
 from stage1_teacher.layouts import Layout, find_layout
@@ -103,6 +103,9 @@ class TransformersTeacher:
         """See `stage1_teacher.backends.Teacher.score`."""
         if not 1 <= k <= self.vocabulary:
             raise TidecacheError(f"k: expected between 1 and the teacher's {self.vocabulary} tokens, found {k}")
+        samples = max((request.tail_samples for request in requests), default=0)
+        if samples and k == self.vocabulary:
+            raise TidecacheError(f"tail_samples: with k = {k}, all the teacher's tokens, there is no tail to sample")
         arrays = [
             checked(number, request, self, self._rows, self._layout.reads_clean)
             for number, request in enumerate(requests)
@@ -116,13 +119,23 @@ class TransformersTeacher:
             topk_logp_NK=torch.empty(total, k),
             log_z_NT=torch.empty(total, temperatures),
         )
+        if samples:
+            scores = ScoresWithTail(
+                **vars(scores),
+                tail_ids_NS=torch.empty(total, samples, dtype=torch.int64),
+                tail_logp_NS=torch.empty(total, samples),
+            )
         asked = np.flatnonzero(count_R)
         rows = [self._row(arrays[r]) for r in asked]
         for members in plan_batches(rows, self.batch_tokens):
             chosen = asked[members]
             gold_N = torch.from_numpy(np.concatenate([arrays[r].gold_N for r in chosen])).to(self._device)
+            tail = None
+            if samples:
+                chance_N = np.concatenate([np.asarray(requests[r].tail_chances, np.float64) for r in chosen])
+                tail = (samples, torch.from_numpy(chance_N).to(self._device))
             try:
-                part = self._score_rows([rows[m] for m in members], gold_N, k)
+                part = self._score_rows([rows[m] for m in members], gold_N, k, tail)
             except torch.OutOfMemoryError as error:
                 raise OutOfDeviceMemoryError(
                     f"the teacher {self.name} ran out of memory on {self._device} with a batch of {self.batch_tokens} "
@@ -141,10 +154,12 @@ class TransformersTeacher:
         read_N = a.position_N - self._shift
         return reduce_row(self._layout, self.block_size, self.mask_id, a.token_L, a.clean_L, read_N)
 
-    def _score_rows(self, rows: list[Row], gold_N: torch.Tensor, k: int) -> Scores:
+    def _score_rows(
+        self, rows: list[Row], gold_N: torch.Tensor, k: int, tail: tuple[int, torch.Tensor] | None
+    ) -> Scores:
         """Run the decoder on one batch and the head on its scored rows."""
         hidden_ND = run_rows(self._decoder, self._layout, self.block_size, rows, self._device)
-        scores = self._head.score(hidden_ND, gold_N, k, self.temperatures)
+        scores = self._head.score(hidden_ND, gold_N, k, self.temperatures, tail)
         if not torch.isfinite(scores.gold_logp_N).all() or not torch.isfinite(scores.topk_logp_NK).all():
             raise TidecacheError(
                 f"the teacher {self.name} gave log-probabilities that are not finite (NaN or infinite), in "

@@ -27,6 +27,7 @@ OTHER_VALUES = {
     "lanes": ("gold",),
     "k": 8,
     "temperatures": (1.0,),
+    "tail_samples": 4,
     "batch_tokens": 2048,
     "dedup": "none",
     "held_out": "corpus",
@@ -133,6 +134,8 @@ def test_unknown_and_missing_fields_are_refused():
         ({"temperatures": (1.0, 0.0)}, "temperatures"),
         ({"demo_ratio": 1.0}, "demo_ratio"),
         ({"k": 0}, "k: "),
+        ({"tail_samples": -1}, "tail_samples"),
+        ({"tail_samples": 4, "lanes": ("gold",)}, "tail_samples: expected 0, or a positive number and the topk lane"),
         ({"mask_law": "token", "students": (STUDENT, STUDENT)}, "exactly one declared student"),
     ],
 )

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 
 import pytest
 
 from shared.cache.reader import Cache
 from shared.errors import TidecacheError
-from stage2_student.config import TrainConfig, load_recipe, recipe_names, require, resolve
+from stage2_student.commands import train
+from stage2_student.config import (
+    TrainConfig,
+    automatic_fresh,
+    base_defaults,
+    load_recipe,
+    recipe_names,
+    require,
+    resolve,
+)
 
 
 def test_every_named_recipe_is_valid_and_distinct() -> None:
@@ -27,6 +37,66 @@ def test_the_default_recipe_is_reverse_calm_with_tidal_weighting() -> None:
 def test_tide_cross_has_neither_tidal_nor_compdemo() -> None:
     config = load_recipe("tide-cross")
     assert (config.objective, config.tidal, config.context) == ("reverse-calm", "none", "plain")
+
+
+PAPER = {  # TIDE's README, scripts/distill_llada2.sh, scripts/distill_wedlm.sh and dllm/core/trainers, field by field
+    "calm": ("calm", "plain", "none", "uniform", 8),
+    "tide-cross": ("reverse-calm", "plain", "none", "uniform", 8),
+    "tide-shared-x": ("calm", "compdemo", "interpolate", "uniform", 8),
+    "kl": ("kl", "plain", "none", "uniform", 10),
+    "reverse-kl": ("reverse-kl", "plain", "none", "uniform", 10),
+    "tide-shared": ("kl", "compdemo", "interpolate", "midrange", 10),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_variants_are_as_released(name: str) -> None:
+    config = load_recipe(name)
+    found = (config.objective, config.context, config.tidal, config.timestep_weight, config.batch)
+    assert found == PAPER[name]
+    assert (config.temperature, config.epochs, config.distill_weight) == (2.0, 10.0, 1.0)
+    assert (config.learning_rate, config.scheduler, config.warmup, config.weight_decay) == (5e-5, "cosine", 0.1, 0.0)
+    assert (config.lambda_init, config.lambda_max, config.tidal_decay, config.tidal_axis) == (
+        0.1,
+        0.9,
+        "cosine",
+        "both",
+    )
+    assert (config.block_size, config.block_start, config.ce_normalisation) == (32, "sequence", "token")
+
+
+@pytest.mark.parametrize(
+    ("draws", "epochs", "share"), [(4, 3.0, 0.0), (3, 3.0, 0.0), (2, 3.0, 0.3333), (2, 10.0, 0.5), (1, 3.0, 0.5)]
+)
+def test_fresh_rows_are_on_where_draws_are_fewer_than_epochs(draws: int, epochs: float, share: float) -> None:
+    assert automatic_fresh(draws, epochs) == share
+    cached_rows = epochs * (1.0 - share)
+    assert cached_rows <= draws + 1e-3 or share == 0.5  # no draw twice, unless that would take more than half
+
+
+def test_fresh_is_a_number_or_automatic() -> None:
+    assert resolve({"fresh": "0.25"}, "test").fresh == resolve({"fresh": 0.25}, "test").fresh_share == 0.25
+    assert resolve({"fresh": 1}, "test").fresh_share == 1.0
+    automatic = resolve({"fresh": "auto"}, "test")
+    assert automatic == TrainConfig()
+    with pytest.raises(TidecacheError, match="decided when the cache is known"):
+        _ = automatic.fresh_share
+    with pytest.raises(TidecacheError, match=r"fresh: expected float, found 'often'"):
+        resolve({"fresh": "often"}, "test")
+
+
+def test_every_field_is_an_option_of_train() -> None:
+    parameters = inspect.signature(train).parameters
+    assert {f.name for f in dataclasses.fields(TrainConfig)} <= set(parameters)
+
+
+def test_a_base_says_what_blocks_it_knows(tmp_path: Path) -> None:
+    (tmp_path / "tidecache.json").write_text(
+        '{"block_size": 16, "block_start": "response", "defaults": {"warmup": 0.2}}'
+    )
+    defaults = base_defaults(tmp_path)
+    config = load_recipe("tide-cross", {"warmup": 0.3}, defaults)
+    assert (config.block_size, config.block_start, config.warmup) == (16, "response", 0.3)
 
 
 def test_a_users_file_and_the_command_line_override_in_that_order(tmp_path: Path) -> None:
@@ -50,6 +120,10 @@ def test_an_unknown_field_is_refused_with_the_near_ones(tmp_path: Path) -> None:
         ({"batch": "8"}, "batch: expected int, found '8'"),
         ({"batch": 0}, "batch: expected a whole number of at least 1, found 0"),
         ({"batch": True}, "batch: expected int"),
+        ({"block_start": "prompt"}, "block_start: expected one of sequence, response"),
+        ({"min_coverage": 2.0}, "min_coverage: expected a number from 0 to 1"),
+        ({"lora_rank": -1}, "lora_rank: expected a whole number of at least 0"),
+        ({"lora_targets": " , "}, "lora_targets: expected all-linear, or names of modules"),
         ({"fresh": 1.5}, "fresh: expected a number from 0 to 1"),
         ({"temperature": 0.0}, "temperature: expected a number above 0"),
         ({"min_timestep": 0.5, "max_timestep": 0.5}, "min_timestep: expected less than max_timestep"),

@@ -129,7 +129,8 @@ def test_every_part_of_a_row_changes_its_digest():
     spec = synthetic.spec()
     records = rows(spec, 1, 1)[1]
     document, record = records[0]
-    scores = record.contexts["compdemo"]
+    tail = {"tail_ids": np.arange(3, dtype=np.int32), "tail_logp": -np.ones(3, np.float32)}
+    scores = dataclasses.replace(record.contexts["compdemo"], **tail)
     base = (
         spec,
         format.document_digest(document),
@@ -137,7 +138,7 @@ def test_every_part_of_a_row_changes_its_digest():
         record.timestep,
         record.masked_C,
         record.split_M,
-        record.contexts,
+        record.contexts | {"compdemo": scores},
     )
 
     def changed(array):
