@@ -1,9 +1,10 @@
 """LoRA through peft: small trainable matrices beside frozen weights, for students that do not fit otherwise.
 
 The layers are changed in place, so that the student stays the class that everything else knows. A mask token that was
-added is new to the base: its embedding row is trained too, beside the adapters (a tied head keeps the row that it was
-given, which no target asks for). A checkpoint folder holds the merged weights, plain as ever, for everything that reads
-checkpoints, and the adapter alone in `adapter/`, which peft loads on the base and from which a run resumes.
+added is new to the base: what its embedding row lacks is learnt beside the adapters, as one vector that is added where
+the token is read. (peft can train rows too, but wraps embedding and tied head for it; the head's row of the mask token
+is no target of any loss.) A checkpoint folder holds the merged weights, plain as ever, for everything that reads
+checkpoints, and in `adapter/` the adapter alone, as peft loads it, with that vector beside it; from these a run resumes.
 
 peft comes with `pip install tidecache[lora]`.
 """
@@ -11,7 +12,7 @@ peft comes with `pip install tidecache[lora]`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,8 @@ from stage2_student.config import TrainConfig
 
 FOLDER = "adapter"
 WEIGHTS = "adapter_model.safetensors"
+ROW_FILE = "mask_row.safetensors"
+ROW = "mask_row"  # the embedding's parameter: what is added to the mask token's row
 PEFT_PREFIX = "base_model.model."  # what peft puts before names in an adapter's file
 
 
@@ -48,17 +51,33 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig, new_row: int | Non
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         target_modules=_linear_layers(model) if targets == "all-linear" else targets,
-        trainable_token_indices=None if new_row is None else [new_row],
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
     )
     try:
-        inject_adapter_in_model(settings, model)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)  # the same start in every process and every run
+            inject_adapter_in_model(settings, model)
     except ValueError as error:
         raise TidecacheError(
             f"lora_targets: {config.lora_targets} fits no module of {type(model).__name__}: take all-linear, or names "
             f"such as {', '.join(sorted({name.rpartition('.')[2] for name in _linear_layers(model)}))}"
         ) from error
+    if new_row is not None:
+        _train_row(model.get_input_embeddings(), new_row)
+
+
+def _train_row(embedding: torch.nn.Module, row: int) -> None:
+    """Add a trainable vector, 0 at first, wherever token `row` is read."""
+    weight_VD: Any = embedding.weight
+    embedding.register_parameter(ROW, torch.nn.Parameter(torch.zeros_like(weight_VD[0])))
+
+    def add(module: Any, arguments: tuple[Tensor, ...], hidden_BLD: Tensor) -> Tensor:
+        added_D = getattr(module, ROW) * getattr(module, "embed_scale", 1.0)  # Gemma scales what it reads
+        return torch.where((arguments[0] == row)[..., None], hidden_BLD + added_D, hidden_BLD)
+
+    embedding.register_forward_hook(add)
+    cast(Any, embedding).new_row = row
 
 
 def _linear_layers(model: PreTrainedModel) -> list[str]:
@@ -77,7 +96,6 @@ def has_adapters(model: PreTrainedModel) -> bool:
 def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The plain model's weights with the adapters added in, under the plain names; the model stays as it is."""
     from peft.tuners.lora import LoraLayer
-    from peft.utils.other import TrainableTokensWrapper
 
     state: dict[str, Tensor] = {}
     inside: list[str] = []
@@ -90,14 +108,15 @@ def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
             if base.bias is not None:
                 state[f"{name}.bias"] = base.bias
             inside.append(name)
-        elif isinstance(module, TrainableTokensWrapper):
-            adapter = module.token_adapter
-            with torch.no_grad():
-                state[f"{name}.weight"] = adapter.get_merged_weights(["default"]).detach().clone()
-            inside.append(name)
     for name, tensor in model.state_dict().items():
-        if not any(name.startswith(f"{part}.") for part in inside):
+        if not any(name.startswith(f"{part}.") for part in inside) and not name.endswith(f".{ROW}"):
             state[name] = tensor
+    embedding: Any = model.get_input_embeddings()
+    if hasattr(embedding, ROW):
+        for name, tensor in list(state.items()):
+            if tensor.data_ptr() == embedding.weight.data_ptr():  # a tied head goes with it
+                state[name] = tensor.detach().clone()
+                state[name][embedding.new_row] += getattr(embedding, ROW).detach()
     return state
 
 
@@ -106,9 +125,12 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
     plain = {f"{PEFT_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    embedding: Any = model.get_input_embeddings()
+    if hasattr(embedding, ROW):
+        save_file({ROW: getattr(embedding, ROW).detach().cpu()}, folder / ROW_FILE)
     settings: Any = model.peft_config
     settings["default"].save_pretrained(folder)
 
@@ -125,6 +147,10 @@ def load_adapter(model: PreTrainedModel, checkpoint: Path) -> None:
     try:
         state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(path).items()}
         set_peft_model_state_dict(model, state)
+        embedding: Any = model.get_input_embeddings()
+        if hasattr(embedding, ROW):
+            with torch.no_grad():
+                getattr(embedding, ROW).copy_(load_file(path.with_name(ROW_FILE))[ROW])
     except (OSError, RuntimeError) as error:
         raise TidecacheError(
             f"{path}: expected the adapter of this run, found: {str(error).splitlines()[0]}: start without --resume"

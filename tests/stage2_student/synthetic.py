@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -146,9 +147,28 @@ def save_student(folder: Path, layers: int = 2, hidden: int = 64, vocabulary: in
         "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0,
     }  # fmt: skip
     Qwen3ForCausalLM(Qwen3Config(**(shape | config))).save_pretrained(folder)
+    return copy_tokenizer(folder)
+
+
+def copy_tokenizer(folder: Path) -> Path:
+    """Put the embedded student's tokenizer into a folder."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(TINY_STUDENT / name, folder / name)
     return folder
+
+
+def without_mask_token(folder: Path) -> int:
+    """Give the mask token of a folder's tokenizer another name and no role; returns the id that a new one would get."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["<|unused|>"] = vocabulary.pop("<|mask|>")
+    for token in tokenizer["added_tokens"]:
+        token["content"] = token["content"].replace("<|mask|>", "<|unused|>")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["mask_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return len(vocabulary)
 
 
 def undeclared_tokenizer(folder: Path, size: int = 700) -> Path:
@@ -170,4 +190,14 @@ def undeclared_tokenizer(folder: Path, size: int = 700) -> Path:
     return folder
 
 
-__all__ = ["K", "chats", "make_cache", "save_student", "spec_of", "texts", "undeclared_tokenizer"]
+__all__ = [
+    "K",
+    "chats",
+    "copy_tokenizer",
+    "make_cache",
+    "save_student",
+    "spec_of",
+    "texts",
+    "undeclared_tokenizer",
+    "without_mask_token",
+]
