@@ -47,6 +47,7 @@ TEACHER = Path(__file__).resolve().parent.parent / "stage1_teacher" / "tiny"
 BYTES_PER_ENTRY = (18 + 16) / 8
 SAMPLED_AT = 2.0  # the temperature of the tail's sampling distribution
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
+BY_K = (16, 64, 256, 1024)
 STRENGTHS = (0.1, 0.5, 0.9, 1.0)
 TEMPERATURES = (1.0, 2.0)
 
@@ -104,18 +105,26 @@ def events(k: int) -> Loss:
     def loss(
         student_NV: Tensor, teacher_NV: Tensor, gold_N: Tensor, _: Tensor, temperature: float, strength_N: Tensor
     ) -> Tensor:
-        ids_NK = teacher_NV.topk(k, 1).indices
-        ids_NE = torch.cat([gold_N[:, None], ids_NK], 1)
-        valid_NE = torch.cat([torch.ones_like(gold_N[:, None], dtype=torch.bool), ids_NK != gold_N[:, None]], 1)
-
-        def masses(logits_NV: Tensor) -> Tensor:
-            log_z_N = torch.logsumexp(logits_NV / temperature, 1)
-            return objectives.event_log_mass(logits_NV.gather(1, ids_NE), log_z_N, valid_NE, temperature)
-
-        student_NE, teacher_NE = masses(student_NV), masses(teacher_NV)
+        student_NE, teacher_NE = event_masses(student_NV, teacher_NV, gold_N, k, temperature)
         return objectives.tidal_event_kl_loss(student_NE, teacher_NE, strength_N, temperature)
 
     return loss
+
+
+def event_masses(
+    student_NV: Tensor, teacher_NV: Tensor, gold_N: Tensor, k: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log masses of gold, k entries and *other*, the student's and the teacher's."""
+    ids_NK = teacher_NV.topk(k, 1).indices
+    ids_NE = torch.cat([gold_N[:, None], ids_NK], 1)
+    valid_NE = torch.cat([torch.ones_like(gold_N[:, None], dtype=torch.bool), ids_NK != gold_N[:, None]], 1)
+    masses = [
+        objectives.event_log_mass(
+            logits_NV.gather(1, ids_NE), torch.logsumexp(logits_NV / temperature, 1), valid_NE, temperature
+        )
+        for logits_NV in (student_NV, teacher_NV)
+    ]
+    return masses[0], masses[1]
 
 
 def sampled(k: int, m: int) -> Loss:
@@ -169,6 +178,25 @@ def entries(
     log_s_NK = student_NV.gather(1, ids_NK) / temperature - torch.logsumexp(student_NV / temperature, 1, keepdim=True)
     log_p_NK = teacher_NV.gather(1, ids_NK) / temperature - torch.logsumexp(teacher_NV / temperature, 1, keepdim=True)
     return log_s_NK, log_p_NK, log_weight_NK
+
+
+def dense_reverse(
+    student_NV: Tensor, teacher_NV: Tensor, _: Tensor, __: Tensor, temperature: float, ___: Tensor
+) -> Tensor:
+    """Reverse KL as TIDE computes it."""
+    return objectives.reverse_kl_loss(student_NV, teacher_NV, temperature)
+
+
+def reverse_events(k: int) -> Loss:
+    """Reverse KL on k entries, gold and *other*."""
+
+    def loss(
+        student_NV: Tensor, teacher_NV: Tensor, gold_N: Tensor, _: Tensor, temperature: float, __: Tensor
+    ) -> Tensor:
+        student_NE, teacher_NE = event_masses(student_NV, teacher_NV, gold_N, k, temperature)
+        return objectives.reverse_event_kl_loss(student_NE, teacher_NE, temperature)
+
+    return loss
 
 
 def truncated(k: int) -> Loss:
@@ -261,6 +289,40 @@ def gradient_errors(
                 )  # fmt: skip
         print(f"  t = {timestep}: done", flush=True)
     return results
+
+
+def errors_by_k(teacher: Qwen3ForCausalLM, student: Qwen3ForCausalLM, rows: list[list[int]]) -> None:
+    """Print how the error of each kind of recipe falls with the number of entries, over all timesteps, λ = 1."""
+    kinds: list[tuple[str, float, Loss, Callable[[int], Loss]]] = [
+        ("forward KL, T = 2, shared out k/2 + k/2", 2.0, dense, lambda k: shared_out(k, k // 2)),
+        ("forward KL, T = 2, events", 2.0, dense, events),
+        ("forward KL, T = 1, shared out k/2 + k/2", 1.0, dense, lambda k: shared_out(k, k // 2)),
+        ("forward KL, T = 1, events", 1.0, dense, events),
+        ("reverse KL, T = 2, events", 2.0, dense_reverse, reverse_events),
+        ("reverse KL, T = 1, events", 1.0, dense_reverse, reverse_events),
+    ]
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for timestep in TIMESTEPS:
+        batch = batch_of(rows, teacher.config.mask_token_id, timestep, seed=2)
+        gold_N = batch.clean_BL[batch.masked_BL]
+        chance_N1 = torch.from_numpy(uniforms(stream_key(0, "kl-tail", "by-k"), len(gold_N)))[:, None]
+        with torch.no_grad():
+            teacher_NV = logits_at_masked(teacher, batch)
+        student_NV = logits_at_masked(student, batch)
+        logits_NV = student_NV.detach().requires_grad_()
+        for name, temperature, exact, make in kinds:
+            arguments = (teacher_NV, gold_N, chance_N1, temperature, torch.ones(len(gold_N)))
+            expected_NV = torch.autograd.grad(exact(logits_NV, *arguments).mean(), logits_NV)[0]
+            whole = flat_gradient(student, student_NV, expected_NV)
+            for k in BY_K:
+                part_NV = torch.autograd.grad(make(k)(logits_NV, *arguments).mean(), logits_NV)[0]
+                error = compare(flat_gradient(student, student_NV, part_NV), whole)
+                found.setdefault((name, k), []).append(error)
+    print("\nGradient error (cosine), all parameters, by entries k; mean over t; λ = 1")
+    print("| recipe | " + " | ".join(f"k={k}" for k in BY_K) + " |\n|---|" + "---|" * len(BY_K))
+    for name, *_ in kinds:
+        cells = [np.mean(found[name, k], axis=0) for k in BY_K]
+        print(f"| {name} | " + " | ".join(f"{error:.2f} ({cosine:.2f})" for error, cosine in cells) + " |")
 
 
 @torch.no_grad()
@@ -361,6 +423,7 @@ def main() -> None:
         part = [r for r in results if (r["method"], r["temperature"], r["strength"]) == (name, t, 1.0)]
         print(f"| {name} | {t:g} | " + " | ".join(f"{r['error']:.3f} ({r['outside']:.2f})" for r in part) + " |")
 
+    errors_by_k(teacher, student, gradient_rows)
     lifts = []
     if options.lift_steps:
         mask_id = tokenizer.mask_token_id

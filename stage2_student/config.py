@@ -185,7 +185,8 @@ def resolve(values: Mapping[str, Any], source: str) -> TrainConfig:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not kind:
-            raise TidecacheError(f"{source}: {name}: expected {kind.__name__}, found {value!r}")
+            expected = f"a number or {AUTO}" if name == "fresh" else kind.__name__
+            raise TidecacheError(f"{source}: {name}: expected {expected}, found {value!r}")
         checked[name] = value
     return TrainConfig(**checked)
 

@@ -81,7 +81,7 @@ def test_fresh_is_a_number_or_automatic() -> None:
     assert automatic == TrainConfig()
     with pytest.raises(TidecacheError, match="decided when the cache is known"):
         _ = automatic.fresh_share
-    with pytest.raises(TidecacheError, match=r"fresh: expected float, found 'often'"):
+    with pytest.raises(TidecacheError, match=r"fresh: expected a number or auto, found 'often'"):
         resolve({"fresh": "often"}, "test")
 
 
