@@ -20,6 +20,7 @@ CONTEXTS = ("compdemo", "plain")
 LANES = ("gold", "topk")
 MASK_LAWS = ("chunk", "token")
 LAYOUTS = ("full", "block-causal", "bd3lm", "reordered")
+TAIL_TEMPERATURE = 2.0  # of tail samples; one for all caches, so that temperatures can be added later
 CODECS = ("raw",)
 
 

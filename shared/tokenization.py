@@ -90,11 +90,12 @@ class TextTokenizer:
             try:
                 # Never the code that a repository brings along, and no question about it either.
                 tokenizer = AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
-            except ValueError:
-                # A tokenizer class of the repository's own; but the fast tokenizer's file says all there is to know.
-                if not (Path(path_or_id) / "tokenizer.json").is_file():
-                    raise
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path_or_id))
+            except ValueError as error:
+                # A tokenizer class or model type of the repository's own; but the fast tokenizer's file says all there is.
+                try:
+                    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path_or_id))
+                except (OSError, ValueError, TypeError):
+                    raise error from None
         except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise TidecacheError(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from shared.errors import TidecacheError
 from shared.logits import logit_transform
+from shared.spec import TAIL_TEMPERATURE
 from stage1_teacher.backends import Scores, ScoresWithTail
 
 TILE_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}  # float32 logits of one tile
@@ -120,7 +121,7 @@ def _score_tile(
     )
     if tail is None:
         return scores
-    torch.div(logits_NV, max(temperatures), out=buffer_NV).exp_().scatter_(1, ids_NK, 0.0)
+    torch.div(logits_NV, TAIL_TEMPERATURE, out=buffer_NV).exp_().scatter_(1, ids_NK, 0.0)
     tail_ids_NS = _systematic_samples(buffer_NV, *tail)
     return ScoresWithTail(
         **vars(scores),

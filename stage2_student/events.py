@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.documents import BoolArray, IntArray
+from shared.spec import TAIL_TEMPERATURE
 from shared.tokenization import IrreproducibleText, TextTokenizer
 
 if TYPE_CHECKING:
@@ -393,8 +394,8 @@ def _tail(
 ) -> TailSamples | None:
     """The tail samples of the chunks that have ids as events; those that are the gold, or no shared id, left out.
 
-    They were drawn in proportion to p at the spec's highest temperature, so at T each has a share in proportion to
-    exp(L / T − L / T_highest) of what they stand for; that this cannot be p_T itself is what weights are for.
+    They were drawn in proportion to p at TAIL_TEMPERATURE, so at T each has a share in proportion to
+    exp(L / T − L / TAIL_TEMPERATURE) of what they stand for.
     """
     if scores.tail_ids is None or scores.tail_logp is None or same_V is None or not by_id_Q.any():
         return None
@@ -406,7 +407,7 @@ def _tail(
     gold_Q = view.ids_L[view.own_token_first_O[own_Q[chosen_Q]]]
     kept_QS = (id_QS != gold_Q[:, None]) & (id_QS < len(same_V))
     kept_QS &= same_V[np.minimum(id_QS, len(same_V) - 1)]
-    log_weight_QS = np.where(kept_QS, logp_QS * (1.0 / temperature - 1.0 / max(spec.temperatures)), -np.inf)
+    log_weight_QS = np.where(kept_QS, logp_QS * (1.0 / temperature - 1.0 / TAIL_TEMPERATURE), -np.inf)
     largest_Q = np.max(log_weight_QS, axis=1, initial=-1e30, keepdims=True)
     with np.errstate(divide="ignore"):
         log_total_Q = largest_Q + np.log(np.exp(log_weight_QS - largest_Q).sum(axis=1, keepdims=True))

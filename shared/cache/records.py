@@ -71,8 +71,8 @@ class ContextScores:
     K·N ids. `log_z_MT` has one column per temperature of the spec, in its order, 0 where T = 1.
 
     `tail_ids` and `tail_logp` are flat too, and there only if the spec has tail samples: for each masked chunk of one
-    token, in order, that many tokens from beyond its K best, drawn (with replacement) in proportion to p_T at the spec's
-    highest temperature.
+    token, in order, that many tokens from beyond its K best, drawn (with replacement) in proportion to p_T at
+    `shared.spec.TAIL_TEMPERATURE`.
     """
 
     gold_logp_N: FloatArray

@@ -75,8 +75,8 @@ class ScoresWithTail(Scores):
     """The same with tail samples, where the requests want some (S per position).
 
     Attributes:
-        tail_ids_NS: tokens from beyond the k most likely, each with a chance in proportion to p_T at the highest
-            temperature, S per position (systematic sampling: the S points chance, chance + 1, … of the tail's
+        tail_ids_NS: tokens from beyond the k most likely, each with a chance in proportion to p_T at
+            `shared.spec.TAIL_TEMPERATURE`, S per position (systematic sampling: the S points chance, chance + 1, … of the tail's
             cumulative distribution in the order of ids, divided by S).
         tail_logp_NS: their log-probabilities at temperature 1.
     """

@@ -118,13 +118,17 @@ def pieces(tokenizer: TextTokenizer, text: str) -> list[bytes]:
 @given(text=texts)
 @example(text=" hello")
 @example(text="  hello</s> hello</s>hello ")
+@example(text="<|mask|>")
 def test_tokens_spell_the_text_or_it_is_irreproducible(zoo: list[TextTokenizer], text: str) -> None:
     data = text.encode()
     for tokenizer in zoo:
         try:
             encoded = tokenizer.encode(plain(text), chat=False, cut=False)
         except IrreproducibleText:
-            # Byte-level and byte-fallback tokenizers spell everything, but for the symbol that stands for a space.
+            # Byte-level and byte-fallback tokenizers spell everything, but for the symbol that stands for a space and
+            # their own mask token.
+            if tokenizer.mask_id is not None and tokenizer.token_bytes[tokenizer.mask_id].decode() in text:
+                continue
             if tokenizer.name.startswith(("uni", "word")) or ("llama2" in tokenizer.name and "▁" in text):
                 continue
             raise
