@@ -44,7 +44,13 @@ def newest_cache(home: Path | None = None) -> Path:
 
 @app.command()
 def train(
-    cache: Annotated[Path | None, typer.Option(help="Cache folder. Default: the newest under TIDECACHE_HOME.")] = None,
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Cache folder or address, and its share of the rows: CACHE or CACHE=WEIGHT; repeatable. Default: the "
+            "newest under TIDECACHE_HOME."
+        ),
+    ] = None,
     base: Annotated[str, typer.Option(help="Base model: a folder, a Hugging Face id, or tiny.")] = EMBEDDED,
     recipe: Annotated[str, typer.Option(help="A named recipe, or a TOML file.")] = DEFAULT_RECIPE,
     out: Annotated[Path | None, typer.Option(help="Checkpoint folder. Default: runs/RECIPE.")] = None,
@@ -64,6 +70,7 @@ def train(
     ce_normalisation: Annotated[str | None, typer.Option(help="token, sequence or batch.")] = None,
     fresh: Annotated[str | None, typer.Option(help="Share of rows with fresh masks, or auto.")] = None,
     min_coverage: Annotated[float | None, typer.Option(help="Least share of chunks with a teacher's score.")] = None,
+    draws_together: Annotated[int | None, typer.Option(help="Draws of one document, one after the other.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per attention block.")] = None,
     block_start: Annotated[str | None, typer.Option(help="Blocks count from: sequence or response.")] = None,
     min_timestep: Annotated[float | None, typer.Option(help="Leave out draws below.")] = None,
@@ -91,12 +98,13 @@ def train(
     Without options: the embedded base on the newest cache, Reverse CALM with TIDAL weighting.
     """
     given: dict[str, Any] = dict(locals())
+    from shared.cache.mixing import WeightedCache
     from stage2_student.config import TrainConfig, base_defaults, load_recipe
 
     overrides = {name: given[name] for name in TrainConfig.__dataclass_fields__ if given[name] is not None}
     model = embedded_or(base)
     config = load_recipe(recipe, overrides, base_defaults(model))
-    source = cache or newest_cache()
+    source = [WeightedCache.parse(text) for text in cache] if cache else [WeightedCache(str(newest_cache()))]
     from stage2_student import run
 
     target = out or Path("runs") / Path(recipe).name.removesuffix(".toml")
@@ -111,7 +119,9 @@ def train(
 def score(
     model: Annotated[list[str] | None, typer.Option(help="Student: a folder or a Hugging Face id; repeatable.")] = None,
     autoregressive: Annotated[list[str] | None, typer.Option(help="Autoregressive model beside; repeatable.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Cache folder. Default: the newest cache's held-out part.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Cache folder or address. Default: the newest cache's held-out part.")
+    ] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per block. Default: the model's own, or 32.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first documents.", min=1)] = None,
     batch: Annotated[int, typer.Option(help="Rows per batch.", min=1)] = 16,

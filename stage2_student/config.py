@@ -44,6 +44,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 
 LOWEST: Mapping[str, int] = {
     "batch": 1,
+    "draws_together": 1,
     "accumulation": 1,
     "block_size": 1,
     "logging_steps": 1,
@@ -61,6 +62,7 @@ class TrainConfig:
     `save_steps` 0 writes the result alone.
 
     A row is one (document, draw); an epoch takes as many rows as there are documents. `warmup` is a share of all steps.
+    `draws_together` rows, one after the other, are draws of one document, so that they can share its clean half.
     `fresh` is a share of the rows, or `auto`. `block_start`: blocks count from the sequence's first token, as the paper
     trains, or from the response's, as it samples. `min_coverage`: least share of masked chunks that must carry a
     teacher's score. `lora_rank` 0 trains all weights; else adapters of that rank on the modules `lora_targets`
@@ -80,6 +82,7 @@ class TrainConfig:
     ce_normalisation: str = "token"
     fresh: float | str = AUTO
     min_coverage: float = 0.5
+    draws_together: int = 1
     block_size: int = 32
     block_start: str = "sequence"
     min_timestep: float = 0.0
@@ -130,6 +133,11 @@ class TrainConfig:
             raise TidecacheError(f"epochs: expected a number above 0 where steps is 0, found {self.epochs}")
         if not self.lora_targets.strip(", "):
             raise TidecacheError("lora_targets: expected all-linear, or names of modules, found none")
+        if self.batch % self.draws_together:
+            raise TidecacheError(
+                f"draws_together: a batch holds whole groups of {self.draws_together} rows, found batch {self.batch}: "
+                f"pass --batch with a multiple of it"
+            )
         if self.tidal == "interpolate" and self.objective == "reverse-kl":
             raise TidecacheError(
                 "tidal: `interpolate` mixes the target of a forward objective, or of CALM in either direction; "

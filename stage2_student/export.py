@@ -144,7 +144,7 @@ def model_card(checkpoint: Checkpoint, kind: str, metrics: Sequence[Sequence[tup
     metadata = checkpoint.student.metadata
     model = checkpoint.model
     parameters = sum(p.numel() for p in model.parameters())
-    cache, recipe = metadata.get("cache") or {}, metadata.get("config") or {}
+    caches, recipe = metadata.get("caches") or [], metadata.get("config") or {}
     lines = [
         "---",
         "library_name: transformers",
@@ -166,7 +166,7 @@ def model_card(checkpoint: Checkpoint, kind: str, metrics: Sequence[Sequence[tup
         ]
     else:
         lines += ["```console", "$ tidecache student chat --model THIS_FOLDER", "```", ""]
-    if cache:
+    for cache in caches:
         lines += ["## Cache", "", *(f"- {name.replace('_', ' ')}: `{value}`" for name, value in cache.items()), ""]
     if recipe:
         lines += ["## Recipe", "", "| field | value |", "|---|---|"]

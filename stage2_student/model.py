@@ -8,9 +8,10 @@ the name `<|mask|>`, that their tokenizer need not declare.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,15 +168,24 @@ def load_metadata(folder: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+@dataclass(frozen=True)
+class TrainedFrom:
+    """A cache as a checkpoint names it: fingerprint of its spec, digest of its content, and its weight in the mixture."""
+
+    fingerprint: str
+    content: str
+    weight: float
+
+
 def save_student(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     config: TrainConfig,
-    cache: Mapping[str, str],
+    caches: Sequence[TrainedFrom],
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint folder; `cache` names the cache it was trained from (fingerprint, content digest).
+    """Write a checkpoint folder; `caches` are those that it was trained from.
 
     Raises:
         TidecacheError: the disk is full or refuses.
@@ -192,7 +202,7 @@ def save_student(
             "block_size": config.block_size,
             "block_start": config.block_start,
             "mask_token": tokenizer.mask_token,
-            "cache": dict(cache),
+            "caches": [dataclasses.asdict(cache) for cache in caches],
             "config": config.to_json(),
         }
         (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")

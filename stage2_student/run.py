@@ -21,35 +21,48 @@ from transformers import trainer_utils
 from transformers.utils import logging as transformers_logging
 
 from shared.cache import open_cache
+from shared.cache.mixing import WeightedCache
+from shared.cache.order import DrawIndex
 from shared.cache.reader import Cache
+from shared.cache.remote import Folder
+from shared.cache.selection import Selection
+from shared.cache.stream import DrawStream
 from shared.errors import TidecacheError
 from stage2_student import adapters, tidal
 from stage2_student.batch import Collator
 from stage2_student.config import AUTO, METADATA_FILE, TrainConfig, automatic_fresh, require
 from stage2_student.data import RowMaker
-from stage2_student.dataset import DrawIndex, TrainingRows
+from stage2_student.dataset import TrainingRows
 from stage2_student.losses import Counts, total
-from stage2_student.model import Student, TrainableStudent, load_metadata, load_student
+from stage2_student.model import Student, TrainableStudent, TrainedFrom, load_metadata, load_student
 from stage2_student.trainer import LOG_FILE, LogFile, ProgressBar, StudentTrainer, training_arguments
 
 COVERAGE_DRAWS = 64  # rows that the plan looks at for coverage and length
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run will do, known before its first step. Weights are means over the cache's timesteps."""
+class CachePlan:
+    """What a run takes from one cache. `share` of the rows; `uses`: how often each draw is used on average."""
 
-    cache: str
+    path: str
     fingerprint: str
     contexts: tuple[str, ...]
     lanes: tuple[str, ...]
     tokenizer: str  # "declared" or "undeclared"
+    share: float
     documents: int
     draws: int
+    uses: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, known before its first step. Weights are means over the caches' timesteps."""
+
+    caches: tuple[CachePlan, ...]
     rows: int
     steps: int
     epochs: float
-    uses_per_draw: float
     coverage: float
     tidal_weight_first: float
     tidal_weight_last: float
@@ -60,20 +73,23 @@ class Plan:
         """For people."""
         table = Table(title="Before step 1", show_header=False, title_justify="left")
         distills = config.objective != "none"
-        reuse = f"{self.draws / self.documents:.3g} per document, each used {self.uses_per_draw:.3g} times on average"
         automatic = " (automatic: by draws and epochs)" if self.fresh_is_automatic else ""
         objective = f"{config.objective}, T = {config.temperature:g}, context {config.context}"
-        rows: list[tuple[str, str]] = [
-            ("cache", self.cache),
-            ("fingerprint", self.fingerprint),
-            ("contexts, lanes", f"{', '.join(self.contexts)}; {', '.join(self.lanes)}"),
+        rows: list[tuple[str, str]] = []
+        for cache in self.caches:
+            share = f" ({cache.share:.1%} of the rows)" if len(self.caches) > 1 else ""
+            per_document = f"{cache.draws / cache.documents:.3g} per document"
+            rows += [
+                ("cache", f"{cache.path}{share}"),
+                ("fingerprint", cache.fingerprint),
+                ("contexts, lanes", f"{', '.join(cache.contexts)}; {', '.join(cache.lanes)}"),
+                ("documents", f"{cache.documents:,}"),
+                ("draws", f"{per_document}, each used {cache.uses:.3g} times on average"),
+            ]
+        tokenizers = " and ".join(dict.fromkeys(cache.tokenizer for cache in self.caches))
+        rows += [
             ("objective", objective if distills else "cross-entropy only"),
-            (
-                "student tokenizer",
-                f"{self.tokenizer}: {self.coverage:.1%} of the masked chunks carry a teacher's score",
-            ),
-            ("documents", f"{self.documents:,}"),
-            ("draws", reuse),
+            ("student tokenizer", f"{tokenizers}: {self.coverage:.1%} of the masked chunks carry a teacher's score"),
             ("fresh rows", f"{config.fresh_share:.0%} of each batch, cross-entropy only{automatic}"),
             ("rows", f"{self.rows:,} in {self.steps:,} steps ({self.epochs:.3g} epochs)"),
             ("tokens", f"about {self.tokens:,}"),
@@ -91,47 +107,65 @@ class Plan:
 class Prepared:
     """A run that only needs to be started."""
 
-    cache: Cache
+    trained_from: tuple[TrainedFrom, ...]
     student: Student
     rows: TrainingRows
     plan: Plan
     config: TrainConfig  # with every field decided
 
 
-def prepare(config: TrainConfig, cache_path: Path, base: str | Path, ranks: int = 1) -> Prepared:
+def prepare(
+    config: TrainConfig, caches: str | Folder | Sequence[WeightedCache], base: str | Path, ranks: int = 1
+) -> Prepared:
     """Open everything and make the plan; `ranks` processes share each step.
 
     Raises:
-        TidecacheError: the cache lacks what the recipe needs, or base or cache cannot be read.
+        TidecacheError: a cache lacks what the recipe needs, or base or cache cannot be read.
     """
-    cache = open_cache(cache_path)
-    require(config, cache.spec, str(cache.path))
+    sources = [WeightedCache(str(caches))] if isinstance(caches, str | Folder) else caches
+    opened = [open_cache(source.path) for source in sources]
+    for cache in opened:
+        require(config, cache.spec, str(cache.path))
     student = load_student(base)
     _check_blocks(config, student, str(base))
-    index = DrawIndex.of(cache, config.min_timestep, config.max_timestep)
-    batch_rows = config.batch * config.accumulation * ranks
-    steps = config.steps or max(1, math.ceil(config.epochs * index.documents / batch_rows))
-    automatic = config.fresh == AUTO
-    if automatic:
-        share = automatic_fresh(index.draws / index.documents, steps * batch_rows / index.documents)
-        config = dataclasses.replace(config, fresh=share)
     if config.lora_rank:
         adapters.add_adapters(student.model, config, student.mask_id if student.mask_added else None, str(base))
     distills = config.objective != "none"
-    maker = RowMaker(
-        student.text,
-        cache.spec,
-        config.block_size,
-        config.context if distills else None,
-        temperature=config.temperature if config.uses_events else None,
+    draws = DrawStream(
+        opened,
+        [source.weight for source in sources],
         seed=config.seed,
-        timesteps=(config.min_timestep, config.max_timestep),
-        block_start=config.block_start,
+        together=config.draws_together,
+        selection=Selection(config.min_timestep, config.max_timestep),
+        context=config.context if distills else None,
+        topk=config.uses_events,
     )
-    rows = TrainingRows(cache, index, maker, config.seed, config.fresh_share, steps * batch_rows)
-    declared = student.text.digest in {s.tokenizer for s in cache.spec.students}
-    plan = _plan(config, cache, index, rows, steps, "declared" if declared else "undeclared")
-    return Prepared(cache, student, rows, dataclasses.replace(plan, fresh_is_automatic=automatic), config)
+    documents, stored = (sum(counts) for counts in zip(*((i.documents, i.draws) for i in draws.indexes), strict=True))
+    batch_rows = config.batch * config.accumulation * ranks
+    steps = config.steps or max(1, math.ceil(config.epochs * documents / batch_rows))
+    automatic = config.fresh == AUTO
+    if automatic:
+        config = dataclasses.replace(config, fresh=automatic_fresh(stored / documents, steps * batch_rows / documents))
+    makers = [
+        RowMaker(
+            student.text,
+            cache.spec,
+            config.block_size,
+            config.context if distills else None,
+            temperature=config.temperature if config.uses_events else None,
+            seed=config.seed,
+            timesteps=(config.min_timestep, config.max_timestep),
+            block_start=config.block_start,
+        )
+        for cache in opened
+    ]
+    rows = TrainingRows(draws, makers, config.fresh_share, steps * batch_rows)
+    trained_from = tuple(
+        TrainedFrom(cache.spec.fingerprint, cache.manifest.content, source.weight)
+        for cache, source in zip(opened, sources, strict=True)
+    )
+    plan = dataclasses.replace(_plan(config, rows, steps, student), fresh_is_automatic=automatic)
+    return Prepared(trained_from, student, rows, plan, config)
 
 
 def _check_blocks(config: TrainConfig, student: Student, base: str) -> None:
@@ -148,46 +182,68 @@ def _check_blocks(config: TrainConfig, student: Student, base: str) -> None:
             )
 
 
-def _plan(config: TrainConfig, cache: Cache, index: DrawIndex, rows: TrainingRows, steps: int, tokenizer: str) -> Plan:
+def _plan(config: TrainConfig, rows: TrainingRows, steps: int, student: Student) -> Plan:
+    draws = rows.draws
+    caches = [
+        _cache_plan(config, cache, student, share, rows, index)
+        for cache, share, index in zip(draws.caches, draws.mixture.shares, draws.indexes, strict=True)
+    ]
     looked_at = [rows[number] for number in range(min(COVERAGE_DRAWS, len(rows)))]
     masked = sum(row.coverage.masked for row in looked_at)
     coverage = sum(row.coverage.usable for row in looked_at) / masked if masked else 1.0
     if coverage < config.min_coverage and config.objective != "none":
-        names = ", ".join(student.name for student in cache.spec.students)
+        names = ", ".join(dict.fromkeys(s.name for cache in draws.caches for s in cache.spec.students))
+        paths = ", ".join(cache.path for cache in caches)
         raise TidecacheError(
             f"min_coverage: with the student's tokenizer {coverage:.1%} of the masked chunks in {len(looked_at)} rows can "
-            f"carry a teacher's score, expected at least {config.min_coverage:.0%}: the cache {cache.path} was captured "
+            f"carry a teacher's score, expected at least {config.min_coverage:.0%}: the caches {paths} were captured "
             f"for {names}; capture one that declares this tokenizer with `tidecache teacher capture --students`, or lower "
             "--min-coverage"
         )
     mean_length = sum(len(row.ids_L) for row in looked_at) / len(looked_at)
-    timestep_R = torch.from_numpy(index.timestep_R)
     schedule = (config.lambda_init, config.lambda_max, config.tidal_decay)
 
     def weight(progress: float) -> float:
         if config.tidal == "none":
             return 1.0
-        if config.tidal == "interpolate":
-            return float(tidal.strength(progress, timestep_R, config.tidal_axis, *schedule).mean())
-        weights_R = tidal.sample_weight(progress, timestep_R, config.tidal_axis, config.timestep_weight, *schedule)
-        return float(weights_R.mean())
+        mean = 0.0
+        for share, index in zip(draws.mixture.shares, draws.indexes, strict=True):
+            timestep_R = torch.from_numpy(index.timestep_R).double()
+            if config.tidal == "interpolate":
+                weight_R = tidal.strength(progress, timestep_R, config.tidal_axis, *schedule)
+            else:
+                weight_R = tidal.sample_weight(
+                    progress, timestep_R, config.tidal_axis, config.timestep_weight, *schedule
+                )
+            mean += share * float(weight_R.mean())
+        return mean
 
     return Plan(
-        cache=str(cache.path),
-        fingerprint=cache.spec.fingerprint,
-        contexts=cache.spec.contexts,
-        lanes=cache.spec.lanes,
-        tokenizer=tokenizer,
-        documents=index.documents,
-        draws=index.draws,
+        caches=tuple(caches),
         rows=len(rows),
         steps=steps,
-        epochs=len(rows) / index.documents,
-        uses_per_draw=len(rows) * (1.0 - config.fresh_share) / index.draws,
+        epochs=len(rows) / sum(cache.documents for cache in caches),
         coverage=coverage,
         tidal_weight_first=weight(0.0),
         tidal_weight_last=weight(1.0),
         tokens=round(mean_length * len(rows)),
+    )
+
+
+def _cache_plan(
+    config: TrainConfig, cache: Cache, student: Student, share: float, rows: TrainingRows, index: DrawIndex
+) -> CachePlan:
+    declared = student.text.digest in {s.tokenizer for s in cache.spec.students}
+    return CachePlan(
+        path=str(cache.path),
+        fingerprint=cache.spec.fingerprint,
+        contexts=cache.spec.contexts,
+        lanes=cache.spec.lanes,
+        tokenizer="declared" if declared else "undeclared",
+        share=share,
+        documents=index.documents,
+        draws=index.draws,
+        uses=len(rows) * (1.0 - config.fresh_share) * share / index.draws,
     )
 
 
@@ -210,7 +266,7 @@ def dry_run(config: TrainConfig, prepared: Prepared, console: Console) -> float:
 
 def train(
     config: TrainConfig,
-    cache_path: Path,
+    caches: str | Folder | Sequence[WeightedCache],
     base: str | Path,
     out: Path,
     *,
@@ -231,7 +287,7 @@ def train(
         _check_out(out, resume)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     is_first = int(os.environ.get("RANK", "0")) == 0
-    prepared = prepare(config, cache_path, base, ranks)
+    prepared = prepare(config, caches, base, ranks)
     plan, config = prepared.plan, prepared.config
     if is_first:
         console.print(plan.table(config))
@@ -239,18 +295,17 @@ def train(
             console.print("note: the base had no mask token; one was added, with the mean of all embeddings")
     if stop_before_training:
         return {"loss": dry_run(config, prepared, console)}
-    identity = {"fingerprint": plan.fingerprint, "content": prepared.cache.manifest.content}
     trainer = StudentTrainer(
         prepared.student,
         prepared.rows,
         config,
         training_arguments(config, out, plan.steps, report_to),
-        identity,
+        prepared.trained_from,
         callbacks=[LogFile(out), ProgressBar(console)],
     )
     checkpoint = _last_checkpoint(out) if resume else None
     if checkpoint is not None:
-        _check_resumable(config, Path(checkpoint))
+        _check_resumable(config, prepared.trained_from, Path(checkpoint))
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except OSError as error:
@@ -269,9 +324,10 @@ def _last_checkpoint(out: Path) -> str | None:
     return found
 
 
-def _check_resumable(config: TrainConfig, checkpoint: Path) -> None:
+def _check_resumable(config: TrainConfig, trained_from: Sequence[TrainedFrom], checkpoint: Path) -> None:
     """A resumed run must be the same run; only how often it logs and saves, and its loader, may change."""
-    before = load_metadata(checkpoint).get("config", {})
+    metadata = load_metadata(checkpoint)
+    before = metadata.get("config", {})
     free = {"logging_steps", "save_steps", "workers"}
     now = config.to_json()
     changed = [
@@ -279,6 +335,9 @@ def _check_resumable(config: TrainConfig, checkpoint: Path) -> None:
         for name, value in now.items()
         if before.get(name) != value and name not in free
     ]
+    caches = [dataclasses.asdict(cache) for cache in trained_from]
+    if metadata.get("caches") != caches:
+        changed.append(f"caches: {metadata.get('caches')!r} there, {caches!r} now")
     if changed:
         raise TidecacheError(
             f"{checkpoint} was trained with another configuration ({'; '.join(changed)}): resume with the same "

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from shared.errors import TidecacheError
 from stage2_student import tidal
 from stage2_student.batch import Batch, Collator
 from stage2_student.config import TrainConfig
-from stage2_student.dataset import TrainingRows
+from stage2_student.dataset import Failure, OrFailure, TrainingRows
 from stage2_student.losses import BatchLosses, Counts, total
-from stage2_student.model import Student, TrainableStudent, input_and_output, restore_student, save_student
+from stage2_student.model import Student, TrainableStudent, TrainedFrom, input_and_output, restore_student, save_student
 
 LOG_FILE = "train_log.jsonl"
 
@@ -68,7 +68,7 @@ def training_arguments(config: TrainConfig, out: Path, steps: int, report_to: Se
 
 
 class StudentTrainer(Trainer):
-    """See the module. `cache` names the cache in checkpoints."""
+    """See the module. `caches` names the caches in checkpoints."""
 
     def __init__(
         self,
@@ -76,17 +76,17 @@ class StudentTrainer(Trainer):
         rows: TrainingRows,
         config: TrainConfig,
         arguments: TrainingArguments,
-        cache: Mapping[str, str],
+        caches: Sequence[TrainedFrom],
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.student = student
         self.train_config = config
         self.train_rows = rows
-        self.cache_identity = cache
+        self.trained_from = tuple(caches)
         super().__init__(
             model=TrainableStudent(student.model, config),
             args=arguments,
-            data_collator=Collator(student.mask_id, student.pad_id),  # type: ignore[arg-type]  # a Batch, not a dict
+            data_collator=OrFailure(Collator(student.mask_id, student.pad_id)),  # type: ignore[arg-type]  # no dict
             train_dataset=rows,
             callbacks=list(callbacks),
         )
@@ -108,6 +108,8 @@ class StudentTrainer(Trainer):
     ) -> tuple[list[Batch], Counts]:
         """The micro-batches of one optimiser step, and what its means divide by, over all ranks."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        for failed in (batch for batch in batches if isinstance(batch, Failure)):
+            raise TidecacheError(failed.message)
         self._steps += bool(batches)
         counts = Counts.of(batches, self.train_config)
         both = torch.stack([counts.ce, counts.distill]).to(device)
@@ -210,7 +212,7 @@ class StudentTrainer(Trainer):
             self.student.tokenizer,
             Path(output_dir or self.args.output_dir or "."),
             self.train_config,
-            self.cache_identity,
+            self.trained_from,
             state,
         )
 

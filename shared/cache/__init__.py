@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 def open_cache(path: str | Path) -> Cache:
     """Open a cache for reading: its manifest is read and checked, shards are read when they are asked for.
 
+    `path`: a folder, or an address that fsspec reads, as `s3://bucket/cache` or `https://host/cache`.
+
     Raises:
         TidecacheError: no cache there, a newer format, or a damaged manifest.
     """

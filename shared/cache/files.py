@@ -18,6 +18,7 @@ import socket
 import time
 from pathlib import Path
 
+from shared.cache.remote import Folder, RemotePath, reason
 from shared.errors import TidecacheError
 
 FOREIGN_LEFTOVER_SECONDS = 86400.0  # a temporary file lives for seconds; another machine's may be judged by age only
@@ -30,9 +31,13 @@ _TEMPORARY = re.compile(r"\..+\.(?P<machine>[0-9a-f]{8})-(?P<pid>[0-9]+)-(?P<tok
 class DamagedError(TidecacheError):
     """A file is not what the cache says it is. `finding` says what was found, the whole message also what to do."""
 
-    def __init__(self, path: str | Path, finding: str, remedy: str) -> None:
+    def __init__(self, path: str | Folder, finding: str, remedy: str) -> None:
         super().__init__(f"{path}: {finding}; {remedy}")
         self.finding = f"{path}: {finding}"
+
+
+class MissingError(DamagedError):
+    """A file is not there."""
 
 
 def digest(data: bytes | memoryview) -> str:
@@ -56,22 +61,41 @@ def check_name(name: object, where: str) -> str:
     return name
 
 
-def read(root: Path, name: str, limit: int, remedy: str) -> bytes:
+def read(root: Folder, name: str, limit: int, remedy: str) -> bytes:
     """The whole file.
 
     Raises:
-        DamagedError: missing, unreadable, or longer than `limit` bytes; the message ends with `remedy`.
+        MissingError: it is not there; the message ends with `remedy`.
+        DamagedError: unreadable, or longer than `limit` bytes.
     """
     path = root / name
     try:
-        size = path.stat().st_size
-        if size > limit:
-            raise DamagedError(path, f"expected at most {limit} bytes, found {size}: refused", remedy)
-        return path.read_bytes()
+        return _read_remote(path, limit, remedy) if isinstance(path, RemotePath) else _read_local(path, limit, remedy)
     except FileNotFoundError as error:
-        raise DamagedError(path, "the file is missing", remedy) from error
+        raise MissingError(path, "the file is missing", remedy) from error
     except OSError as error:
-        raise DamagedError(path, f"cannot be read ({error.strerror})", remedy) from error
+        raise DamagedError(path, f"cannot be read ({reason(error)})", remedy) from error
+
+
+def _read_local(path: Path, limit: int, remedy: str) -> bytes:
+    size = path.stat().st_size
+    if size > limit:
+        raise DamagedError(path, f"expected at most {limit} bytes, found {size}: refused", remedy)
+    return path.read_bytes()
+
+
+def _read_remote(path: RemotePath, limit: int, remedy: str) -> bytes:
+    try:
+        data = path.read_bytes(limit)
+    except OSError:
+        raise
+    except ImportError as error:
+        raise TidecacheError(f"{path}: this kind of address needs another package: {reason(error)}") from error
+    except Exception as error:  # each protocol's library has exceptions of its own
+        raise DamagedError(path, f"cannot be read ({reason(error)})", remedy) from error
+    if data is None:
+        raise DamagedError(path, f"expected at most {limit} bytes, found more: refused", remedy)
+    return data
 
 
 def write(root: Path, name: str, data: bytes, exclusive: bool = False) -> bool:

@@ -23,6 +23,7 @@ from rich.table import Table
 from shared.cache.manifest import HELD_OUT_FOLDER, FileRecord, Manifest
 from shared.cache.parquet import footer_of, read_metadata
 from shared.cache.reader import Cache
+from shared.cache.remote import Folder
 from shared.cache.statistics import TIMESTEP_BINS, ContextStatistics
 
 LANE_OF_COLUMN = {
@@ -41,7 +42,7 @@ class Inspection:
     all data files.
     """
 
-    path: Path
+    path: Folder
     manifest: Manifest
     lane_bytes: Mapping[str, int]
     statistics: Mapping[str, ContextStatistics]
@@ -78,7 +79,8 @@ def inspect_cache(path: str | Path) -> Inspection:
             for context, sums in footer_of(metadata.metadata).get("statistics", {}).items():
                 if f"{context}_gold_logp" in record.columns:
                     statistics[context] = statistics[context] + ContextStatistics.from_json(sums)
-    held_out = Cache.open(cache.path / HELD_OUT_FOLDER).manifest if (cache.path / HELD_OUT_FOLDER).is_dir() else None
+    inner = cache.path / HELD_OUT_FOLDER
+    held_out = Cache.open(inner).manifest if isinstance(inner, Path) and inner.is_dir() else None
     return Inspection(cache.path, cache.manifest, sizes.by_lane, statistics, held_out)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from shared.cache import files
 from shared.cache.records import ShardRange
+from shared.cache.remote import Folder
 from shared.errors import TidecacheError
 from shared.spec import FORMAT_VERSION, CaptureSpec
 
@@ -268,16 +269,22 @@ def unseal(data: bytes, where: str, remedy: str) -> dict[str, Any]:
     return parsed
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(root: Folder) -> Manifest:
     """The manifest of a cache's folder, checked.
 
     Raises:
         TidecacheError: no cache there, a newer format, damaged, too large, or naming files outside the folder.
     """
     where = str(root / MANIFEST_FILE)
-    if not (root / MANIFEST_FILE).exists():
+    if isinstance(root, Path) and not (root / MANIFEST_FILE).exists():
         raise TidecacheError(f"{root}: expected the folder of a cache, found {_instead(root)}")
-    data = unseal(files.read(root, MANIFEST_FILE, MAX_MANIFEST_BYTES, _REMEDY), where, _REMEDY)
+    try:
+        text = files.read(root, MANIFEST_FILE, MAX_MANIFEST_BYTES, _REMEDY)
+    except files.MissingError as error:
+        raise TidecacheError(
+            f"{root}: expected the address of a cache's folder, found no {MANIFEST_FILE} there: check the address"
+        ) from error
+    data = unseal(text, where, _REMEDY)
     try:
         spec = CaptureSpec.from_json(data["spec"])
         vocabulary = FileRecord.from_json(data["vocabulary"], where)
@@ -299,7 +306,7 @@ def _instead(root: Path) -> str:
     return f"{found}: check the path, or capture a cache with `make cache`"
 
 
-def read_receipt(root: Path, name: str) -> Receipt:
+def read_receipt(root: Folder, name: str) -> Receipt:
     """One receipt of a cache's folder, checked.
 
     Raises:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 
 from shared.cache import files
 from shared.cache.manifest import FileRecord
+from shared.cache.remote import Folder, RemotePath
 
 ROW_GROUP_ROWS = 256
 MAX_VALUES = 1 << 28  # values in one column of one file; more is no shard but a decompression bomb
@@ -74,7 +74,7 @@ def footer_of(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     return {k[len(prefix) :].decode(): json.loads(v) for k, v in (metadata or {}).items() if k.startswith(prefix)}
 
 
-def open_parquet(root: Path, record: FileRecord) -> pq.ParquetFile:
+def open_parquet(root: Folder, record: FileRecord) -> pq.ParquetFile:
     """A data file, read whole, its length and digest checked against its record, its footer parsed.
 
     Raises:
@@ -88,8 +88,13 @@ def open_parquet(root: Path, record: FileRecord) -> pq.ParquetFile:
     if files.digest(data) != record.digest:
         finding = f"expected the digest {record.digest}, found {files.digest(data)}: damaged"
         raise files.DamagedError(path, finding, REMEDY)
+    return _parse(pa.BufferReader(data), path)
+
+
+def _parse(source: Any, path: Folder) -> pq.ParquetFile:
+    """The footer of a file (an open one, or its path), and a look at what it claims."""
     try:
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        file = pq.ParquetFile(source, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise files.DamagedError(path, f"no Parquet file ({error})", REMEDY) from error
     groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
@@ -101,17 +106,38 @@ def open_parquet(root: Path, record: FileRecord) -> pq.ParquetFile:
     return file
 
 
-def read_metadata(root: Path, record: FileRecord) -> pq.FileMetaData:
+def read_metadata(root: Folder, record: FileRecord) -> pq.FileMetaData:
     """The footer alone, unchecked: for statistics over many files."""
     path = root / record.path
+    if isinstance(path, RemotePath):
+        return open_parquet(root, record).metadata
     try:
         return pq.read_metadata(path)
     except (pa.ArrowException, OSError) as error:
         raise files.DamagedError(path, f"its footer cannot be read ({error})", REMEDY) from error
 
 
+def read_narrow(root: Folder, record: FileRecord, columns: list[str]) -> pa.Table:
+    """A few narrow columns of a data file, without reading the rest of it, so its digest is not checked; the pages'
+    checksums are. For an index: what goes into a batch comes from `open_parquet`.
+
+    Raises:
+        DamagedError: missing, damaged where it was read, or claiming more values than a shard can have.
+    """
+    path = root / record.path
+    if isinstance(path, RemotePath):
+        try:
+            with path.open() as file:
+                return read_columns(root, _parse(file, path), record, columns)
+        except Exception:  # a server that gives no parts of files, or a file with damage: the whole file will tell
+            return read_columns(root, open_parquet(root, record), record, columns)
+    if not path.exists():
+        raise files.MissingError(path, "the file is missing", REMEDY)
+    return read_columns(root, _parse(path, path), record, columns)
+
+
 def read_columns(
-    root: Path,
+    root: Folder,
     file: pq.ParquetFile,
     record: FileRecord,
     columns: list[str],

@@ -1,22 +1,25 @@
 """The reader: opens a cache by its manifest and reads shards whole, every byte checked before it is used.
 
 A shard is at most some tens of MB, so its files are read in one go, their length and digest compared with the receipt,
-and only then parsed; page checksums are verified as well. What comes out are NumPy slices of whole columns.
+and only then parsed; page checksums are verified as well. What comes out are NumPy slices of whole columns. Here is how
+one shard, or all in their order, are read; `shared.cache.stream` gives draws in the order of a training run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from shared.cache import files, format
 from shared.cache.manifest import FileRecord, Manifest, Receipt, read_manifest
 from shared.cache.parquet import REMEDY, footer_of, open_parquet, read_columns
-from shared.cache.records import Draw, StoredDocument
+from shared.cache.records import BoolArray, Draw, StoredDocument
+from shared.cache.remote import Folder, folder_of
+from shared.cache.selection import Selection
 from shared.cache.vocabulary import TeacherVocabulary
 from shared.errors import TidecacheError
 from shared.spec import CaptureSpec
@@ -34,13 +37,13 @@ class Shard:
 class Cache:
     """A cache open for reading; nothing but the manifest is in memory."""
 
-    path: Path
+    path: Folder
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: str | Path) -> Cache:
+    def open(cls, path: str | Folder) -> Cache:
         """See `shared.cache.open_cache`."""
-        return cls(Path(path), read_manifest(Path(path)))
+        return cls(folder_of(path), read_manifest(folder_of(path)))
 
     @property
     def spec(self) -> CaptureSpec:
@@ -84,15 +87,35 @@ class Cache:
         Raises:
             TidecacheError: a file is missing, truncated or damaged, or of another spec; an unknown context.
         """
-        context = self._known(context)
-        receipt = self.shards[index]
         documents = self.read_documents(index)
-        table = self._likelihoods(receipt, min_timestep, max_timestep)
+        table = self._likelihoods(index, self.spec, (min_timestep, max_timestep))
+        return Shard(documents, self._draws(index, table, self.spec, documents, self._known(context)))
+
+    def read_rows(self, index: int, wanted_R: BoolArray, context: str | None = None, topk: bool = True) -> list[Draw]:
+        """The draws of shard `index` whose row is wanted, in order, with the scores of one context; of the others
+        nothing stays in memory. Without `topk` the topk lane is neither read nor there.
+
+        Raises:
+            TidecacheError: as `read_shard`.
+        """
+        context = self._known(context)
+        spec = replace(self.spec, contexts=(context,))
+        if not topk:
+            spec = replace(spec, lanes=("gold",), tail_samples=0)
+        table = self._likelihoods(index, spec)
+        if not wanted_R.all():
+            table = table.filter(pa.array(wanted_R))
+        return self._draws(index, table, spec, self.read_documents(index), context)
+
+    def _draws(
+        self, index: int, table: pa.Table, spec: CaptureSpec, documents: list[StoredDocument], context: str
+    ) -> list[Draw]:
+        """The rows of a shard's likelihoods as draws of these documents; `spec` names the columns that there are."""
         try:
             by_key = {d.key: d for d in documents}
-            return Shard(documents, format.draws_of(table, self.spec, by_key, context, self.vocabulary()))
+            return format.draws_of(table, spec, by_key, context, self.vocabulary())
         except (KeyError, ValueError, pa.ArrowInvalid) as error:
-            path = self.path / receipt.likelihoods[0].path
+            path = self.path / self.shards[index].likelihoods[0].path
             raise files.DamagedError(path, f"its columns do not fit each other ({error})", REMEDY) from error
 
     def read_documents(self, index: int) -> list[StoredDocument]:
@@ -109,19 +132,37 @@ class Cache:
             raise files.DamagedError(path, f"its columns do not fit each other ({error})", REMEDY) from error
 
     def iter_draws(
-        self, min_timestep: float = 0.0, max_timestep: float = 1.0, context: str | None = None
+        self,
+        min_timestep: float = 0.0,
+        max_timestep: float = 1.0,
+        context: str | None = None,
+        documents: Collection[str] | None = None,
+        names: str | None = None,
     ) -> Iterator[Draw]:
         """All draws with min_timestep ≤ t ≤ max_timestep, by document position, then draw, whatever the shards.
 
         `context` decides what `gold_logp` and `candidates` of a draw mean; by default `compdemo` where it is held.
+        `documents` (keys) and `names` (a glob) leave out all other documents, and shards that hold none of these.
 
         Raises:
             TidecacheError: as `read_shard`.
         """
         context = self._known(context)
+        keys = None if documents is None else frozenset(documents)
+        selection = Selection(min_timestep, max_timestep, keys, names)
         for group in self._groups():
-            draws = [d for i in group for d in self.read_shard(i, min_timestep, max_timestep, context).draws]
+            draws = [d for index in group for d in self._selected(index, selection, context)]
             yield from sorted(draws, key=lambda d: (d.stored.position, d.draw))
+
+    def _selected(self, index: int, selection: Selection, context: str) -> list[Draw]:
+        """The draws of one shard that are wanted."""
+        documents = [d for d in self.read_documents(index) if selection.takes(d.key, d.name)]
+        if not documents:
+            return []
+        table = self._likelihoods(index, self.spec, selection.timesteps)
+        if not selection.all_documents:
+            table = table.filter(pc.is_in(table["document"], value_set=pa.array([d.key for d in documents])))
+        return self._draws(index, table, self.spec, documents, context)
 
     def _groups(self) -> list[list[int]]:
         """Shard indices by connected document ranges: the draw ranges of the same documents come together."""
@@ -142,13 +183,17 @@ class Cache:
             )
         return context
 
-    def _likelihoods(self, receipt: Receipt, low: float, high: float) -> pa.Table:
-        """The columns of all the shard's likelihoods files side by side, filtered by timestep."""
+    def _likelihoods(self, index: int, spec: CaptureSpec, timesteps: tuple[float, float] = (0.0, 1.0)) -> pa.Table:
+        """The columns of `spec` from all the shard's likelihoods files side by side, filtered by timestep."""
+        receipt = self.shards[index]
+        wanted = {*format.DRAW_COLUMNS, *(c for x in spec.contexts for c in format.context_columns(spec, x))}
         joined: pa.Table | None = None
         for record in receipt.likelihoods:
-            own = [c for c in record.columns if c not in format.DRAW_COLUMNS or joined is None]
+            own = [c for c in record.columns if c in wanted and (c not in format.DRAW_COLUMNS or joined is None)]
+            if not own:
+                continue
             names = list(dict.fromkeys(["document", "draw", "timestep", *own]))
-            table = self._table(record, names, (low, high))
+            table = self._table(record, names, timesteps)
             if joined is None:
                 joined = table
                 continue

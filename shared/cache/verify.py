@@ -27,6 +27,7 @@ from shared.cache.manifest import (
 from shared.cache.parquet import footer_of, open_parquet
 from shared.cache.reader import Cache
 from shared.cache.records import Draw, StoredDocument
+from shared.cache.remote import Folder
 from shared.cache.statistics import count_shard
 from shared.documents import Dropped
 from shared.errors import TidecacheError
@@ -36,7 +37,7 @@ from shared.errors import TidecacheError
 class Report:
     """What was checked, and the problems found; `paths` of the caches: the one asked for and its held-out part."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[Folder, ...]
     files: int
     size_bytes: int
     draws: int
@@ -96,8 +97,8 @@ def _finding(error: TidecacheError) -> str:
 
 def _strangers(cache: Cache) -> Iterator[str]:
     """Complete shards that the manifest does not know. Other files without a receipt are leftovers of a kill."""
-    known = _names(cache)
-    for path in sorted((cache.path / SHARDS_FOLDER).glob("*.json")):
+    known, folder = _names(cache), cache.path / SHARDS_FOLDER
+    for path in sorted(folder.glob("*.json")) if isinstance(folder, Path) else ():
         name = f"{SHARDS_FOLDER}/{path.name}"
         if name not in known and not path.name.startswith("."):
             yield (
@@ -163,7 +164,7 @@ def _check_footers(cache: Cache, receipt: Receipt) -> dict[str, Any]:
     return first
 
 
-def _footer(root: Path, record: FileRecord) -> dict[str, Any]:
+def _footer(root: Folder, record: FileRecord) -> dict[str, Any]:
     try:
         return footer_of(open_parquet(root, record).metadata.metadata)
     except (ValueError, pa.ArrowException) as error:

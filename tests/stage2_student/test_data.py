@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from shared import noise
 from shared.cache.reader import Cache
-from shared.errors import TidecacheError
+from shared.cache.selection import Selection
+from shared.cache.stream import DrawStream
 from shared.tokenization import TextTokenizer
 from stage2_student.data import FRESH_DRAWS_FROM, Coverage, RowMaker, view_document
-from stage2_student.dataset import DrawIndex, TrainingRows, epoch_order
+from stage2_student.dataset import TrainingRows
 from tests.stage2_student import synthetic
 
 BLOCK = 32
@@ -28,9 +29,10 @@ def rows_of(
     count: int = 200,
     fresh: float = 0.0,
     seed: int = 0,
-):  # type: ignore[no-untyped-def]
+    together: int = 1,
+) -> TrainingRows:
     maker = RowMaker(tokenizer, cache.spec, BLOCK, context, seed=seed)
-    return TrainingRows(cache, DrawIndex.of(cache, 0.0, 1.0), maker, seed, fresh, count)
+    return TrainingRows(DrawStream([cache], seed=seed, together=together), [maker], fresh, count)
 
 
 # Views
@@ -236,19 +238,49 @@ def test_any_access_gives_the_same_rows(cache: Cache, tokenizer: TextTokenizer) 
 def test_fresh_rows_are_spread_evenly(cache: Cache, tokenizer: TextTokenizer, fresh: float, start: int) -> None:
     rows = rows_of(cache, tokenizer, count=1000, fresh=fresh)
     places = [rows.place(n) for n in range(start, start + 12)]
-    assert sum(stream == "fresh" for stream, _, _ in places) == round(12 * fresh)
+    assert sum(stream == "fresh" for stream, _ in places) == round(12 * fresh)
 
 
 def test_streams_are_consecutive_in_themselves(cache: Cache, tokenizer: TextTokenizer) -> None:
     rows = rows_of(cache, tokenizer, count=1000, fresh=0.3)
     for stream in ("cached", "fresh"):
-        found = [epoch * 12 + place for s, epoch, place in (rows.place(n) for n in range(400)) if s == stream]
+        found = [within for s, within in (rows.place(n) for n in range(400)) if s == stream]
         assert found == list(range(len(found)))
 
 
-def test_the_order_depends_on_the_seed(cache: Cache) -> None:
-    index = DrawIndex.of(cache, 0.0, 1.0)
-    assert not np.array_equal(epoch_order(index, 0, "cached", 0).row_D, epoch_order(index, 1, "cached", 0).row_D)
+def test_the_order_depends_on_the_seed(cache: Cache, tokenizer: TextTokenizer) -> None:
+    a, b = (rows_of(cache, tokenizer, count=12, seed=seed) for seed in (0, 1))
+    assert [a[n].document for n in range(12)] != [b[n].document for n in range(12)]
+
+
+def test_groups_are_draws_of_one_document_fresh_or_cached(cache: Cache, tokenizer: TextTokenizer) -> None:
+    rows = rows_of(cache, tokenizer, count=12 * 3 * 2, fresh=0.5, together=3)
+    made = [rows[n] for n in range(len(rows))]
+    groups = [made[n : n + 3] for n in range(0, len(made), 3)]
+    for group in groups:
+        assert len({(row.document, row.fresh) for row in group}) == 1
+        assert len({row.draw for row in group}) == 3
+    assert [group[0].fresh for group in groups] == [False, True] * 12
+    fresh = [row.draw for group in groups if group[0].fresh for row in group]
+    assert fresh == [FRESH_DRAWS_FROM + i for i in range(3)] * 12
+    assert set(Counter((r.document, r.draw) for r in made if not r.fresh).values()) == {1}
+
+
+def test_each_caches_rows_are_made_under_its_own_spec(cache: Cache, tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    other = synthetic.make_cache(tmp_path / "other", synthetic.texts(4, skip=40), draws=2, mask_law="token", seed=5)
+    makers = [RowMaker(tokenizer, c.spec, BLOCK, "compdemo") for c in (cache, other)]
+    rows = TrainingRows(DrawStream([cache, other], [3, 1]), makers, 0.5, 96)
+    held = [{d.key for i in range(len(c.shards)) for d in c.read_documents(i)} for c in (cache, other)]
+    for stream in (True, False):
+        sources = [int(row.document in held[1]) for row in (rows[n] for n in range(96)) if row.fresh == stream]
+        assert sources.count(1) == 12
+        assert all(sum(sources[n : n + 4]) == 1 for n in range(0, 48, 4))
+    cached = [row for row in (rows[n] for n in range(96)) if row.document in held[1] and not row.fresh]
+    by_key = {(d.document, d.draw): d for d in other.iter_draws()}
+    for row in cached:
+        expected = makers[1].cached_row(by_key[row.document, row.draw])
+        assert (row.masked_L == expected.masked_L).all()
+        np.testing.assert_array_equal(row.teacher_logp_Q, expected.teacher_logp_Q)
 
 
 def test_draws_in_several_shards_of_the_same_documents_are_all_used(tmp_path: Path, tokenizer: TextTokenizer) -> None:
@@ -260,24 +292,10 @@ def test_draws_in_several_shards_of_the_same_documents_are_all_used(tmp_path: Pa
     }
 
 
-def test_the_timestep_range_is_kept_and_an_empty_one_refused(cache: Cache, tokenizer: TextTokenizer) -> None:
-    index = DrawIndex.of(cache, 0.2, 0.5)
-    rows = TrainingRows(cache, index, RowMaker(tokenizer, cache.spec, BLOCK, "compdemo"), 0, 0.0, 30)
+def test_the_timestep_range_is_kept(cache: Cache, tokenizer: TextTokenizer) -> None:
+    draws = DrawStream([cache], selection=Selection(0.2, 0.5))
+    rows = TrainingRows(draws, [RowMaker(tokenizer, cache.spec, BLOCK, "compdemo")], 0.0, 30)
     assert all(0.2 <= rows[n].timestep <= 0.5 for n in range(30))
-    with pytest.raises(TidecacheError, match=r"none of its 36 draws has a timestep from 0\.5 to 0\.500001"):
-        DrawIndex.of(cache, 0.5, 0.500001)
-
-
-def test_windows_bound_what_is_read_at_once(
-    cache: Cache, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("stage2_student.dataset.WINDOW_DRAWS", 1)  # a window per shard
-    rows = rows_of(cache, tokenizer, count=36)
-    order = epoch_order(rows.index, 0, "cached", 0)
-    assert sorted(np.unique(order.window_D)) == [0, *np.unique(order.window_D)[1:]]
-    assert len(np.unique(order.window_D)) == len(cache.shards)
-    assert (np.diff(order.window_D) >= 0).all()
-    assert len({(r.document, r.draw) for r in (rows[n] for n in range(36))}) == 36
 
 
 def test_an_irreproducible_document_keeps_its_place(

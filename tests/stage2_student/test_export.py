@@ -47,7 +47,7 @@ def trained(tmp_path: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     metadata = {
         "format": 1, "block_size": 32, "mask_token": "<|mask|>",
-        "cache": {"fingerprint": "0123456789abcdef", "content": "fedcba"},
+        "caches": [{"fingerprint": "0123456789abcdef", "content": "fedcba", "weight": 1.0}],
         "config": {"objective": "reverse-calm", "temperature": 2.0, "tidal": "none"},
     }  # fmt: skip
     (folder / "tidecache.json").write_text(json.dumps(metadata))

@@ -68,7 +68,7 @@ def test_accumulation_gives_the_large_batchs_gradient(
         prepared = run.prepare(config, cache.path, student_folder)
         keeper = GradientKeeper()
         trainer = StudentTrainer(
-            prepared.student, prepared.rows, config, training_arguments(config, tmp_path / str(batch), 1), {}, [keeper]
+            prepared.student, prepared.rows, config, training_arguments(config, tmp_path / str(batch), 1), (), [keeper]
         )
         loss = trainer.train().training_loss
         found.append((loss, keeper.gradients, trainer.state.log_history[0]))
@@ -122,7 +122,8 @@ def test_a_checkpoint_is_a_plain_folder(cache: Cache, student_folder: Path, tmp_
     metadata = json.loads((out / "tidecache.json").read_text())
     assert metadata["block_size"] == 16
     assert resolve(metadata["config"], "saved") == dataclasses.replace(config, fresh=0.0)  # half an epoch: none needed
-    assert metadata["cache"] == {"fingerprint": cache.spec.fingerprint, "content": cache.manifest.content}
+    identity = {"fingerprint": cache.spec.fingerprint, "content": cache.manifest.content, "weight": 1.0}
+    assert metadata["caches"] == [identity]
     before, after = load_file(student_folder / "model.safetensors"), load_file(out / "model.safetensors")
     assert any(not torch.equal(before[n], after[n]) for n in before)
     loaded = load_student(out)
