@@ -156,6 +156,9 @@ def test_bad_requests_are_named(checkpoint: Checkpoint, tmp_path: Path, lines: s
 
 def test_checkpoints_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
     base = edited(tmp_path / "base", lambda found: found.pop("mask_token"), "tokenizer_config.json")
+    # Nor one of the known name that is merely not declared: that would be taken.
+    tokenizer = base / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("<|mask|>", "<|spare|>"))
     with pytest.raises(TidecacheError, match="no mask token"):
         open_checkpoint(base)
     with pytest.raises(TidecacheError, match="trained with block size 32, asked for 16"):
