@@ -2,34 +2,49 @@
 
     python bench/reading.py [--codec raw] [--k 16] [--shards 12] [--repeat 3] [--cache FOLDER]
 
-Writes a synthetic cache with the real writer: V = 157184 ids; documents of 640 teacher tokens in chunks of 1 to 3 (85,
-10 and 5 %), 64 to a shard, 4 draws each, one context. A filling's ids are Zipf-like over the whole vocabulary, its
-log-likelihoods fall as −a·log(rank) with a between 1 and 4. Then reads it in several ways, in turns, best of `--repeat`:
+Writes a synthetic cache with the real writer (kept in FOLDER, if given): V = 157184 ids; documents of 640 teacher tokens
+in chunks of 1 to 3 (85, 10 and 5 %), 64 to a shard, 4 draws each, one context. A filling's ids are Zipf-like over the
+whole vocabulary, its log-likelihoods fall as −a·log(rank) with a between 1 and 4. Then reads it, in turns:
 
-- raw Parquet: `pyarrow.parquet.read_table` of the likelihoods' columns, unchecked, one thread: the ceiling;
+- raw Parquet: all likelihoods columns by pyarrow alone, unchecked, one thread: the ceiling;
 - read_shard: the checked reader, all draws of a shard;
-- DrawStream: draws in shuffled order, with their NumPy arrays, 4 draws of a document together (each shard is decoded
-  once) and 1 (each is decoded once per epoch for a quarter of its draws), with the gold lane alone, and with 0, 1 and 2
-  loader processes, which hand batches of 16 draws over as a few large arrays.
+- DrawStream: draws in shuffled order with their NumPy arrays, over one pass of all draws: 4 draws of a document together
+  (a shard is decoded once in a pass), 1 at a time (it is decoded once for each quarter of its draws), the gold lane
+  alone; and through a torch DataLoader with 0, 1 and 2 processes, in batches of 16 draws as a few large tensors. Loader
+  processes share the rows and not the reading: each decodes every shard.
 
-A figure counts the teacher tokens of the masked chunks of the draws that came out, per second of wall clock.
+A figure counts the teacher tokens of the masked chunks of the draws that came out: per second of wall clock, best of
+`--repeat` turns, and per second of CPU time of the process and its children in that turn.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader, Dataset
 
 from shared import noise
-from shared.cache.records import ContextScores, DrawRecord, ShardRange
+from shared.cache import open_cache
+from shared.cache.reader import Cache
+from shared.cache.records import ContextScores, Draw, DrawRecord, ShardRange
+from shared.cache.stream import DrawStream
 from shared.cache.vocabulary import TeacherVocabulary
 from shared.cache.writer import CacheWriter
 from shared.documents import Chunks, Encoded, Message, PreparedDocument, RawDocument
-from shared.spec import CaptureSpec, StudentTokenizerSpec, TeacherSpec
+from shared.spec import CODECS, CaptureSpec, StudentTokenizerSpec, TeacherSpec
 
 VOCABULARY = 157_184
 DIGEST = "0" * 32
@@ -106,3 +121,110 @@ def build(folder: Path, shards: int, k: int, codec: str) -> None:
         records = [draw(rng, spec, p, d, i) for p, d in prepared for i in range(DRAWS)]
         writer.write_shard(ShardRange(positions.start, positions.stop, 0, DRAWS), prepared, [], records, DIGEST, 4096)
     writer.finish()
+
+
+# --- reading it --------------------------------------------------------------------------------------------------
+
+
+def tokens_of(draws: Sequence[Draw]) -> int:
+    return sum(len(draw.scores[draw.context].gold_logp_N) for draw in draws)
+
+
+def raw_parquet(cache: Cache) -> int:
+    for receipt in cache.shards:
+        pq.ParquetFile(cache.path / receipt.likelihoods[0].path).read(use_threads=False)
+    return cache.manifest.totals.scored_tokens
+
+
+def whole_shards(cache: Cache) -> int:
+    return sum(tokens_of(cache.read_shard(number).draws) for number in range(len(cache.shards)))
+
+
+def stream(cache: Cache, together: int, topk: bool = True) -> int:
+    draws = DrawStream([cache], together=together, topk=topk)
+    return sum(tokens_of([draws[number]]) for number in range(cache.manifest.totals.draws))
+
+
+class Items(Dataset[Draw]):
+    """The items of one pass."""
+
+    def __init__(self, cache: Cache, together: int) -> None:
+        self.draws = DrawStream([cache], together=together)
+        self.count = cache.manifest.totals.draws
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Draw:
+        return self.draws[number]
+
+
+def tensors(draws: Sequence[Draw]) -> list[torch.Tensor]:
+    scores = [draw.scores[draw.context] for draw in draws]
+    columns = [[s.gold_logp_N for s in scores], [s.topk_ids for s in scores], [s.topk_logp_MK for s in scores]]
+    return [torch.from_numpy(np.concatenate(column)) for column in columns]
+
+
+def loader(cache: Cache, together: int, workers: int) -> int:
+    batches = DataLoader(Items(cache, together), BATCH, collate_fn=tensors, num_workers=workers)
+    return sum(len(gold_logp_N) for gold_logp_N, *_ in batches)
+
+
+def cpu_seconds() -> float:
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def measure(ways: dict[str, Callable[[], int]], repeat: int) -> dict[str, tuple[float, float]]:
+    """By name: tokens per second of wall clock, best of all turns, and per second of CPU time, likewise."""
+    best = dict.fromkeys(ways, (0.0, 0.0))
+    for _ in range(repeat):
+        for name, way in ways.items():
+            begin, cpu = time.perf_counter(), cpu_seconds()
+            tokens = way()
+            rates = (tokens / (time.perf_counter() - begin), tokens / (cpu_seconds() - cpu))
+            best[name] = (max(best[name][0], rates[0]), max(best[name][1], rates[1]))
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--codec", choices=CODECS, default=CODECS[0])
+    parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--shards", type=int, default=12)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--cache", type=Path, help="where the synthetic cache is kept")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.cache or Path(temporary) / "cache"
+        if not folder.exists():
+            build(folder, options.shards, options.k, options.codec)
+        cache = open_cache(folder)
+        cache.vocabulary()
+        ways: dict[str, Callable[[], int]] = {
+            "raw Parquet, unchecked": lambda: raw_parquet(cache),
+            "read_shard": lambda: whole_shards(cache),
+            f"DrawStream, {DRAWS} draws together": lambda: stream(cache, DRAWS),
+            "DrawStream, 1 draw": lambda: stream(cache, 1),
+            "DrawStream, 1 draw, gold lane": lambda: stream(cache, 1, topk=False),
+        }
+        for together in (DRAWS, 1):
+            for workers in (0, 1, 2):
+                name = f"DataLoader, {together} together, {workers} workers"
+                ways[name] = lambda together=together, workers=workers: loader(cache, together, workers)  # type: ignore[misc]
+        found = measure(ways, options.repeat)
+        totals = cache.manifest.totals
+        table = Table(
+            title=f"codec {cache.spec.codec}, k = {cache.spec.k}: {totals.scored_tokens:,} tokens in {totals.draws:,} "
+            f"draws, {totals.size_bytes / totals.scored_tokens:.1f} bytes per token, {len(cache.shards)} shards"
+        )
+        for heading in ("read by", "tokens/s", "tokens/CPU s", "of raw Parquet"):
+            table.add_column(heading, justify="left" if heading == "read by" else "right")
+        ceiling = found["raw Parquet, unchecked"][0]
+        for name, (rate, cpu_rate) in found.items():
+            table.add_row(name, f"{rate:,.0f}", f"{cpu_rate:,.0f}", f"{rate / ceiling:.2f}")
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

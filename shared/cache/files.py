@@ -72,6 +72,9 @@ def read(root: Folder, name: str, limit: int, remedy: str) -> bytes:
     try:
         return _read_remote(path, limit, remedy) if isinstance(path, RemotePath) else _read_local(path, limit, remedy)
     except FileNotFoundError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):  # so fsspec tells of dead servers
+            raise DamagedError(path, f"cannot be read ({reason(cause)})", remedy) from error
         raise MissingError(path, "the file is missing", remedy) from error
     except OSError as error:
         raise DamagedError(path, f"cannot be read ({reason(error)})", remedy) from error

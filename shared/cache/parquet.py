@@ -94,7 +94,7 @@ def open_parquet(root: Folder, record: FileRecord) -> pq.ParquetFile:
 def _parse(source: Any, path: Folder) -> pq.ParquetFile:
     """The footer of a file (an open one, or its path), and a look at what it claims."""
     try:
-        file = pq.ParquetFile(source, page_checksum_verification=True)
+        file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=True)
     except (pa.ArrowException, OSError) as error:
         raise files.DamagedError(path, f"no Parquet file ({error})", REMEDY) from error
     groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
