@@ -60,6 +60,7 @@ def expected(rows: TrainingRows) -> list[Key]:
     return keys([rows[n] for n in range(len(rows))])
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
 def test_any_number_of_loader_processes_gives_the_same_rows(
     rows: TrainingRows, expected: list[Key], workers: int
@@ -123,7 +124,7 @@ def test_a_run_on_two_caches_resumes_exactly_and_only_with_the_same_two(
         with pytest.raises(KeyboardInterrupt):
             run.train(short(draws_together=2), both, student_folder, tmp_path / "cut", console=quiet())
     for changed in ([both[0]], [both[0], WeightedCache(both[1].path, 3.0)], both[::-1]):
-        with pytest.raises(TidecacheError, match="caches: .* there, .* now"):
+        with pytest.raises(TidecacheError, match=r"caches: .* there, .* now"):
             run.train(short(draws_together=2), changed, student_folder, tmp_path / "cut", resume=True, console=quiet())
     run.train(short(draws_together=2), both, student_folder, tmp_path / "cut", resume=True, console=quiet())
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
