@@ -155,11 +155,11 @@ def read_columns(
         raise files.DamagedError(path, finding, REMEDY)
     if file.metadata.num_rows != record.rows:
         raise files.DamagedError(path, f"expected {record.rows} rows, found {file.metadata.num_rows}", REMEDY)
-    try:
+    try:  # in this thread: a process that ends while a thread of Arrow's pool is still busy is aborted
         if timesteps == (0.0, 1.0):
-            return file.read(columns)
+            return file.read(columns, use_threads=False)
         groups = [i for i in range(file.num_row_groups) if _may_hold(file.metadata.row_group(i), timesteps)]
-        table = file.read_row_groups(groups, columns)
+        table = file.read_row_groups(groups, columns, use_threads=False)
         low, high = (pa.scalar(t, pa.float64()) for t in timesteps)
         t = table["timestep"].cast(pa.float64())
         return table.filter(pc.and_(pc.greater_equal(t, low), pc.less_equal(t, high)))
