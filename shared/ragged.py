@@ -14,3 +14,8 @@ def ranges(first_S: npt.NDArray[np.integer[Any]], count_S: npt.NDArray[np.intege
     """The integers first_S[0], …, first_S[0] + count_S[0] − 1, first_S[1], … one range after the other."""
     ahead_S = np.cumsum(count_S) - count_S
     return np.asarray(np.repeat(first_S - ahead_S, count_S) + np.arange(count_S.sum()))
+
+
+def within(count_S: npt.NDArray[np.integer[Any]]) -> IntArray:
+    """The integers 0, …, count_S[0] − 1, 0, …, count_S[1] − 1, …: the place of each value in its own list."""
+    return ranges(np.zeros_like(count_S), count_S)

@@ -10,10 +10,9 @@ most, P tokens of all events, S tail samples, W tail samples per chunk at most.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +20,44 @@ import torch
 from torch import Tensor
 
 from shared.documents import IntArray
-from shared.ragged import ranges
+from shared.ragged import ranges, within
 from stage2_student.data import Coverage, Row
 
 
+class Movable:
+    """A frozen dataclass of tensors, and of others of its kind; whatever else it holds stays as it is."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
+        """Move every tensor."""
+        return self._changed(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Copy into page-locked memory, as the loader asks on a GPU."""
+        return self._changed(lambda value: value.pin_memory())
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = dict(vars(self))
+        for name, value in values.items():
+            if isinstance(value, Movable):
+                values[name] = value._changed(change)
+            elif isinstance(value, Tensor):
+                values[name] = change(value)
+        return type(self)(**values)
+
+
 @dataclass(frozen=True)
-class EventTensors:
+class TailTensors(Movable):
+    """Samples of the teacher's tail, as `objectives.tail_kl_loss` takes them; −inf in `log_share_CW` where there is none."""
+
+    position_S: Tensor  # which of the N masked tokens
+    id_S: Tensor
+    slot_S: Tensor  # chunk · W + sample
+    teacher_CW: Tensor
+    log_share_CW: Tensor
+
+
+@dataclass(frozen=True)
+class EventTensors(Movable):
     """Log masses in nats at the recipe's temperature; invalid entries of `teacher_CE` are 0 and not `valid_CE`."""
 
     position_P: Tensor  # which of the N masked tokens
@@ -36,37 +67,9 @@ class EventTensors:
     valid_CE: Tensor
     tail: TailTensors | None = None
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> EventTensors:
-        """Move every tensor."""
-        return self._changed(lambda value: value.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> EventTensors:
-        """Copy into page-locked memory."""
-        return self._changed(lambda value: value.pin_memory())
-
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> EventTensors:
-        tail = None if self.tail is None else self.tail.changed(change)
-        names = [f.name for f in dataclasses.fields(self) if f.name != "tail"]
-        return EventTensors(**{name: change(getattr(self, name)) for name in names}, tail=tail)
-
 
 @dataclass(frozen=True)
-class TailTensors:
-    """Samples of the teacher's tail, as `objectives.tail_kl_loss` takes them; −inf in `log_share_CW` where there is none."""
-
-    position_S: Tensor  # which of the N masked tokens
-    id_S: Tensor
-    slot_S: Tensor  # chunk · W + sample
-    teacher_CW: Tensor
-    log_share_CW: Tensor
-
-    def changed(self, change: Callable[[Tensor], Tensor]) -> TailTensors:
-        """With `change` done to every tensor."""
-        return TailTensors(*(change(getattr(self, f.name)) for f in dataclasses.fields(self)))
-
-
-@dataclass(frozen=True)
-class Batch:
+class Batch(Movable):
     """See the module. Teacher log-likelihoods in nats at temperature 1; `len` is the number of rows."""
 
     noisy_BL: Tensor
@@ -90,18 +93,6 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.length_B)
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
-        """Move every tensor."""
-        return self._changed(lambda value: value.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Batch:
-        """Copy into page-locked memory, as the loader asks on a GPU."""
-        return self._changed(lambda value: value.pin_memory())
-
-    def _changed(self, change: Callable[[Any], Any]) -> Batch:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{n: change(v) if isinstance(v, Tensor | EventTensors) else v for n, v in values.items()})
 
 
 @dataclass(frozen=True)
@@ -168,7 +159,7 @@ def _event_tensors(rows: Sequence[Row], first_C: IntArray, count_C: IntArray) ->
         offset += len(row.token_first_Q)
     chunk_X, mass_X = np.concatenate(chunk), np.concatenate(mass)  # X: all events of the batch, chunk by chunk
     events_C = np.bincount(chunk_X, minlength=len(first_C))
-    number_X = np.arange(len(chunk_X)) - (np.cumsum(events_C) - events_C)[chunk_X]  # within its chunk
+    number_X = within(events_C)
     width = int(events_C.max(initial=1))
     teacher_CE = np.zeros((len(first_C), width), np.float32)
     valid_CE = np.zeros((len(first_C), width), np.bool_)
@@ -197,7 +188,7 @@ def _tail_tensors(rows: Sequence[Row], first_C: IntArray) -> TailTensors | None:
         return None
     chunk_S = np.concatenate([tail.chunk_S + offset for tail, offset in found])
     samples_C = np.bincount(chunk_S, minlength=len(first_C))
-    number_S = np.arange(len(chunk_S)) - (np.cumsum(samples_C) - samples_C)[chunk_S]
+    number_S = within(samples_C)
     width = max(1, int(samples_C.max(initial=0)))
     teacher_CW = np.zeros((len(first_C), width), np.float32)
     log_share_CW = np.full((len(first_C), width), -np.inf, np.float32)

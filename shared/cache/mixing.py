@@ -17,6 +17,7 @@ import numpy as np
 
 from shared.cache.records import IntArray
 from shared.errors import TidecacheError
+from shared.ragged import within
 
 MAX_PERIOD = 1 << 20
 
@@ -75,7 +76,7 @@ class Mixture:
     def _pattern(self) -> tuple[IntArray, IntArray]:
         """For each item of one period: its cache, and how many of that cache came before in the period."""
         source = np.repeat(np.arange(len(self.counts)), self.counts)
-        number = np.concatenate([np.arange(c) for c in self.counts])
+        number = within(np.array(self.counts))
         # Equal fractions give equal quotients, and different ones differ by far more than rounding does.
         due = (2 * number + 1) / np.repeat(self.counts, self.counts)
         order = np.lexsort((source, due))

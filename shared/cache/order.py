@@ -31,7 +31,7 @@ from shared.cache.records import BoolArray, IntArray
 from shared.cache.selection import Selection
 from shared.errors import TidecacheError
 from shared.noise import stream_key, uniforms
-from shared.ragged import ranges
+from shared.ragged import ranges, within
 
 WINDOW_DRAWS = 2048  # rows of a window: about 100 MB at 500 masked tokens and 16 candidates
 INDEX_THREADS = 8  # files whose narrow columns are read at once: an address answers slowly
@@ -78,7 +78,6 @@ class DrawIndex:
         position = np.concatenate([part.position_R for part in parts])
         draw = np.concatenate([part.draw_R for part in parts])
         shard = np.repeat(np.arange(len(parts), dtype=np.int32), rows_S)
-        row = np.arange(len(shard)) - np.repeat(np.cumsum(rows_S) - rows_S, rows_S)
         held, first = np.unique(position, return_index=True)  # the first row is in the first shard
         order = selected[np.lexsort((draw[selected], position[selected]))]
         start = np.flatnonzero(np.diff(position[order], prepend=-1))
@@ -88,7 +87,7 @@ class DrawIndex:
             position_D=position_D,
             shard_D=shard[first[np.searchsorted(held, position_D)]],
             shard_R=shard[order],
-            row_R=row[order].astype(np.int32),
+            row_R=within(rows_S)[order].astype(np.int32),
             draw_R=draw[order],
             timestep_R=np.concatenate([part.timestep_R for part in parts])[order],
             rows_S=rows_S,

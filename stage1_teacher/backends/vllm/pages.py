@@ -25,7 +25,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from shared.ragged import ranges
+from shared.ragged import ranges, within
 
 Ints = npt.NDArray[np.int64]
 CLEAN, NOISY, PADDING = 0, 1, 2
@@ -132,7 +132,7 @@ def _noisy_blocks(length: int, block: int, page: int, clean: int) -> tuple[Spans
     padded_B = (border_B + size_B > stop_B).astype(np.int64)
     spans_B = repeated_B + 1 + padded_B
     of_S = np.repeat(np.arange(len(first_B)), spans_B)
-    place_S = ranges(np.zeros_like(spans_B), spans_B)
+    place_S = within(spans_B)
     after_S = place_S - repeated_B[of_S]  # < 0: repeated, 0: the block, 1: padding
     earlier_S = border_B[of_S] // block + place_S
     begin_S = np.select(
