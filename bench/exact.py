@@ -19,6 +19,7 @@ import json
 import math
 import statistics
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -77,7 +78,7 @@ def train(cell: Cell, run: Run, setting: Setting, corpora: list[Corpus]) -> Stud
     )
     cached = round(run.batch * (1 - cell.fresh))
     for step in range(steps):
-        rows = [batch_rows(corpus, seed, run, step, cached, cell.draws) for seed, corpus in enumerate(corpora)]
+        rows = [batch_rows(seed, run, step, cached, cell.draws) for seed in range(run.seeds)]
         loss = step_loss(cell, setting, students, corpora, rows, step / steps)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -86,17 +87,21 @@ def train(cell: Cell, run: Run, setting: Setting, corpora: list[Corpus]) -> Stud
     return students
 
 
-def batch_rows(corpus: Corpus, seed: int, run: Run, step: int, cached: int, draws: int) -> list[tuple[bool, int, int]]:
+def batch_rows(seed: int, run: Run, step: int, cached: int, draws: int) -> list[tuple[bool, int, int]]:
     """(fresh?, draw, document) of each row of a seed's batch; each stream goes through its own epochs."""
     rows: list[tuple[bool, int, int]] = []
     for fresh, count in ((False, cached), (True, run.batch - cached)):
         for place in range(step * count, (step + 1) * count):
             epoch, within = divmod(place, run.documents)
-            order = torch.randperm(
-                run.documents, generator=torch.Generator().manual_seed(seed * 1000 + epoch * 2 + fresh)
-            )
-            rows.append((fresh, epoch if fresh else epoch % draws, int(order[within])))
+            document = _document_order(seed * 1000 + epoch * 2 + fresh, run.documents)[within]
+            rows.append((fresh, epoch if fresh else epoch % draws, document))
     return rows
+
+
+@lru_cache(maxsize=256)
+def _document_order(seed: int, documents: int) -> list[int]:
+    order: list[int] = torch.randperm(documents, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
 
 
 def step_loss(

@@ -15,6 +15,7 @@ from exact_cells import Setting
 from exact_source import Source, token_ids
 from torch import Tensor
 
+from shared.noise import van_der_corput
 from stage1_teacher.fillings import best_fillings
 
 CANDIDATES = 64  # stored per chunk where there are as many fillings
@@ -66,7 +67,7 @@ class Corpus:
 
 def timesteps(draws: int, documents: int, generator: torch.Generator) -> Tensor:
     """t_k = ε + (1 − ε)·frac(φ(k) + u), φ van der Corput's sequence in base 2 (DESIGN §4)."""
-    radical = torch.tensor([sum(((k >> i) & 1) / 2.0 ** (i + 1) for i in range(16)) for k in range(draws)])
+    radical = torch.tensor([van_der_corput(draw) for draw in range(draws)])
     return 1e-3 + (1 - 1e-3) * (radical[:, None] + torch.rand(documents, generator=generator)) % 1.0
 
 

@@ -39,13 +39,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from shared.noise import stream_key, uniforms
+from shared.spec import TAIL_TEMPERATURE
 from shared.stdlib_corpus import documents
+from stage1_teacher.head import systematic_samples
 from stage2_student import objectives
 from stage2_student.tidal import strength
 
 TEACHER = Path(__file__).resolve().parent.parent / "stage1_teacher" / "tiny"
 BYTES_PER_ENTRY = (18 + 16) / 8
-SAMPLED_AT = 2.0  # the temperature of the tail's sampling distribution
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
 BY_K = (16, 64, 256, 1024)
 STRENGTHS = (0.1, 0.5, 0.9, 1.0)
@@ -80,13 +81,19 @@ def logits_at_masked(model: Qwen3ForCausalLM, batch: Batch) -> Tensor:
     return model.lm_head(hidden_BLD[batch.masked_BL])
 
 
+@torch.no_grad()
+def given(teacher: Qwen3ForCausalLM, batch: Batch, seed: int, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(gold_N, chance_N1 of the tail samples, teacher_NV): what every loss is given beside the student's logits."""
+    gold_N = batch.clean_BL[batch.masked_BL]
+    chance_N1 = torch.from_numpy(uniforms(stream_key(seed, "kl-tail", purpose), len(gold_N)))[:, None]
+    return gold_N, chance_N1, logits_at_masked(teacher, batch)
+
+
 def sample_tail(logp_NV: Tensor, top_NK: Tensor, count: int, chance_N1: Tensor) -> tuple[Tensor, Tensor]:
-    """(ids_NM, log weights of the tail at SAMPLED_AT per sample): systematic sampling from what `top_NK` leaves."""
-    tail_NV = torch.exp(F.log_softmax(logp_NV / SAMPLED_AT, -1)).scatter(1, top_NK, 0.0)
-    cumulative_NV = tail_NV.double().cumsum(1)
-    mass_N1 = cumulative_NV[:, -1:]
-    at_NM = (torch.arange(count)[None, :] + chance_N1) / count * mass_N1
-    ids_NM = torch.searchsorted(cumulative_NV, at_NM).clamp(max=logp_NV.shape[1] - 1)
+    """(ids_NM, log weights of the tail per sample): from what `top_NK` leaves, as a capture samples it."""
+    tail_NV = torch.exp(F.log_softmax(logp_NV / TAIL_TEMPERATURE, -1)).scatter(1, top_NK, 0.0)
+    mass_N1 = tail_NV.double().sum(1, keepdim=True)
+    ids_NM = systematic_samples(tail_NV, count, chance_N1[:, 0])
     # E[Σ_i w_i f(v_i)] = Σ_tail f(v) with w = mass / (m · p_T(v)).
     log_weight_NM = (mass_N1 / count / tail_NV.gather(1, ids_NM).clamp(min=1e-30)).log().float()
     return ids_NM, log_weight_NM
@@ -263,10 +270,7 @@ def gradient_errors(
     results: list[dict[str, object]] = []
     for timestep in TIMESTEPS:
         batch = batch_of(rows, mask_id, timestep, seed=1)
-        gold_N = batch.clean_BL[batch.masked_BL]
-        chance_N1 = torch.from_numpy(uniforms(stream_key(0, "kl-tail", "tail"), len(gold_N)))[:, None]
-        with torch.no_grad():
-            teacher_NV = logits_at_masked(teacher, batch)
+        gold_N, chance_N1, teacher_NV = given(teacher, batch, 0, "tail")
         student_NV = logits_at_masked(student, batch)
         logits_NV = student_NV.detach().requires_grad_()
         for temperature, value in itertools.product(TEMPERATURES, STRENGTHS):
@@ -304,10 +308,7 @@ def errors_by_k(teacher: Qwen3ForCausalLM, student: Qwen3ForCausalLM, rows: list
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for timestep in TIMESTEPS:
         batch = batch_of(rows, teacher.config.mask_token_id, timestep, seed=2)
-        gold_N = batch.clean_BL[batch.masked_BL]
-        chance_N1 = torch.from_numpy(uniforms(stream_key(0, "kl-tail", "by-k"), len(gold_N)))[:, None]
-        with torch.no_grad():
-            teacher_NV = logits_at_masked(teacher, batch)
+        gold_N, chance_N1, teacher_NV = given(teacher, batch, 0, "by-k")
         student_NV = logits_at_masked(student, batch)
         logits_NV = student_NV.detach().requires_grad_()
         for name, temperature, exact, make in kinds:
@@ -354,10 +355,7 @@ def lift(
     for step, batch in enumerate(train):
         for group in optimiser.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 10) * (1.0 - step / len(train))
-        gold_N = batch.clean_BL[batch.masked_BL]
-        chance_N1 = torch.from_numpy(uniforms(stream_key(step, "kl-tail", "lift"), len(gold_N)))[:, None]
-        with torch.no_grad():
-            teacher_NV = logits_at_masked(teacher, batch)
+        gold_N, chance_N1, teacher_NV = given(teacher, batch, step, "lift")
         strength_N = torch.ones(len(gold_N))
         if tidal:
             t_N = batch.masked_BL.float().mean(1)[:, None].expand(batch.masked_BL.shape)[batch.masked_BL]

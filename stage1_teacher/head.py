@@ -122,7 +122,7 @@ def _score_tile(
     if tail is None:
         return scores
     torch.div(logits_NV, TAIL_TEMPERATURE, out=buffer_NV).exp_().scatter_(1, ids_NK, 0.0)
-    tail_ids_NS = _systematic_samples(buffer_NV, *tail)
+    tail_ids_NS = systematic_samples(buffer_NV, *tail)
     return ScoresWithTail(
         **vars(scores),
         tail_ids_NS=tail_ids_NS,
@@ -130,7 +130,7 @@ def _score_tile(
     )
 
 
-def _systematic_samples(weight_NV: torch.Tensor, count: int, chance_N: torch.Tensor) -> torch.Tensor:
+def systematic_samples(weight_NV: torch.Tensor, count: int, chance_N: torch.Tensor) -> torch.Tensor:
     """ids_NS: entry v is drawn count · weight_v / Σ weight times on average, and never more than one off that."""
     sums_NV = weight_NV.double().cumsum(1)
     total_N1 = sums_NV[:, -1:].contiguous()
