@@ -1,10 +1,8 @@
 """The student's view of a cache: stored documents in its own tokens, and draws as rows of a batch (DESIGN §4).
 
-Everything is derived from the stored text with the student's tokenizer alone; the teacher's tokens play no part except
-as byte boundaries of the chunks. One rule serves declared and undeclared student tokenizers: a student token that
-overlaps masked bytes is masked, and the student's *own chunks*, between boundaries common to the cache's chunks and its
-own tokens, carry the teacher's score if they are unions of whole cache chunks, all masked and scored in the same pass.
-For a declared tokenizer its own chunks are the cache's; for another, what is lost is counted (`Coverage`).
+One rule serves declared and undeclared student tokenizers: a student token that overlaps masked bytes is masked, and
+the student's *own chunks* carry the teacher's score where `shared.own_chunks` says so; what is lost is counted
+(`Coverage`).
 
 Shape suffixes: L tokens of one row, C cache chunks and O own chunks of one document, Q own chunks of one row that carry
 a score, M masked cache chunks of one draw.
@@ -13,47 +11,37 @@ a score, M masked cache chunks of one draw.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
 
 from shared import noise
-from shared.alignment import common_chunks
 from shared.cache.records import Draw, StoredDocument
-from shared.documents import BoolArray, Encoded, IntArray
+from shared.documents import BoolArray, IntArray
 from shared.errors import TidecacheError
+from shared.own_chunks import OwnChunks, own_chunks, scored_own_chunks
 from shared.spec import CaptureSpec
+from shared.spelling import Speller
 from shared.tokenization import IrreproducibleText, TextTokenizer
-from stage2_student.events import Events, Speller, chunk_events
+from stage2_student.events import Events, chunk_events
 
 FRESH_DRAWS_FROM = 2**20  # fresh rows number their draws from here, far above any stored draw
 VIEWS_KEPT = 2048  # encoded documents in memory; about 20 KB each at a thousand bytes of text
 SPELLINGS_KEPT = 400_000  # candidates whose spelling is remembered, over all documents; about 300 bytes each
 
 
-@dataclass(frozen=True)
-class View:
+@dataclass(frozen=True, kw_only=True)
+class View(OwnChunks):
     """One stored document as the student reads it. `ids_L` ends with the EOS filling, which `trainable_L` includes.
 
     Token i lies in block (i + offset) // block_size; `offset` is 0 where blocks count from the sequence's start.
     """
 
-    stored: StoredDocument
-    encoded: Encoded
-    rendering: bytes
     ids_L: IntArray
     trainable_L: BoolArray
     rest_L: BoolArray  # trainable tokens that overlap no cache chunk
-    token_first_C: IntArray  # tokens [first, stop) overlap the bytes of a cache chunk
-    token_stop_C: IntArray
-    own_first_O: IntArray  # cache chunks [first, stop) of an own chunk
-    own_stop_O: IntArray
-    own_token_first_O: IntArray  # tokens [first, stop) spell an own chunk
-    own_token_stop_O: IntArray
-    own_bytes_O: IntArray
     offset: int = 0
-    spelled: dict[tuple[int, bytes], tuple[int, ...] | None] = field(default_factory=dict)  # memo of `Speller`
 
 
 def view_document(
@@ -68,7 +56,8 @@ def view_document(
         IrreproducibleText: this tokenizer cannot reproduce the document's bytes.
         TidecacheError: the document needs filling and the tokenizer has no end token.
     """
-    encoded = tokenizer.encode(stored.messages, stored.chat, stored.cut)
+    own = own_chunks(tokenizer, stored)
+    encoded = own.encoded
     offset = 0
     if block_start == "response" and encoded.trainable_L.any():
         offset = -int(np.argmax(encoded.trainable_L)) % block_size
@@ -78,55 +67,14 @@ def view_document(
             f"tokenizer {tokenizer.name} has no end-of-sequence token, which fills the last block of a document: "
             "set eos_token in its tokenizer_config.json"
         )
-    ids_L = np.concatenate([encoded.ids_L, np.full(filling, tokenizer.end_id or 0, np.int64)])
     trainable_L = np.concatenate([encoded.trainable_L, np.ones(filling, np.bool_)])
-
-    chunks = stored.chunks
-    span_start = np.array([start for start, _ in encoded.spans], dtype=np.int64)
-    start_C = span_start[chunks.message_C] + chunks.start_C
-    stop_C = span_start[chunks.message_C] + chunks.stop_C
-    token_first_C = np.searchsorted(encoded.edges[1:], start_C, side="right")
-    token_stop_C = np.searchsorted(encoded.edges[:-1], stop_C, side="left")
-    rest_L = trainable_L & ~_covered(token_first_C, token_stop_C, len(ids_L))
-
-    first, stop = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for message in np.unique(chunks.message_C):
-        of_message = np.flatnonzero(chunks.message_C == message)
-        edges = np.append(chunks.start_C[of_message], chunks.stop_C[of_message[-1]])
-        common = np.asarray(common_chunks(edges, encoded.boundaries(int(message))), dtype=np.int64)
-        number = of_message[0] + np.searchsorted(edges, common)
-        first.append(number[:-1])
-        stop.append(number[1:])
-    own_first_O, own_stop_O = np.concatenate(first), np.concatenate(stop)
     return View(
-        stored=stored,
-        encoded=encoded,
-        rendering=_rendering(tokenizer, encoded, stored),
-        ids_L=ids_L,
+        **{field.name: getattr(own, field.name) for field in fields(own)},
+        ids_L=np.concatenate([encoded.ids_L, np.full(filling, tokenizer.end_id or 0, np.int64)]),
         trainable_L=trainable_L,
-        rest_L=rest_L,
-        token_first_C=token_first_C,
-        token_stop_C=token_stop_C,
-        own_first_O=own_first_O,
-        own_stop_O=own_stop_O,
-        own_token_first_O=token_first_C[own_first_O],
-        own_token_stop_O=token_stop_C[own_stop_O - 1],
-        own_bytes_O=chunks.stop_C[own_stop_O - 1] - chunks.start_C[own_first_O],
+        rest_L=trainable_L & ~_covered(own.token_first_C, own.token_stop_C, len(trainable_L)),
         offset=offset,
     )
-
-
-def _rendering(tokenizer: TextTokenizer, encoded: Encoded, stored: StoredDocument) -> bytes:
-    """The bytes that the tokens cover: contents as they are, the template's from its tokens, no implied spaces."""
-    text = bytearray(b" " * int(encoded.edges[-1]))
-    for token, start, stop in zip(
-        encoded.ids_L.tolist(), encoded.edges[:-1].tolist(), encoded.edges[1:].tolist(), strict=True
-    ):
-        spelled = tokenizer.token_bytes[token]
-        text[max(start, stop - len(spelled)) : stop] = spelled[-(stop - start) :] if stop > start else b""
-    for (start, stop), message in zip(encoded.spans, stored.messages, strict=True):
-        text[start:stop] = message.content.encode()
-    return bytes(text[: int(encoded.edges[-1])])
 
 
 def _covered(first: IntArray, stop: IntArray, length: int) -> BoolArray:
@@ -234,35 +182,25 @@ class RowMaker:
         view = self.view(stored)
         if view is None:
             return _empty_row(stored, draw.draw, False, draw.timestep, Coverage(len(draw.chunks), 0))
-        masked_C = np.zeros(len(stored.chunks), np.bool_)
-        masked_C[draw.chunks] = True
-        masked_L = self._masked_tokens(view, masked_C, self.spec.seed, draw.draw, draw.timestep)
-
-        masked_before = np.concatenate([[0], np.cumsum(masked_C)])
-        size_O = view.own_stop_O - view.own_first_O
-        usable_O = masked_before[view.own_stop_O] - masked_before[view.own_first_O] == size_O
-        if self.context == "compdemo":
-            split_C = np.zeros(len(stored.chunks), np.bool_)
-            split_C[draw.chunks] = draw.split
-            split_before = np.concatenate([[0], np.cumsum(split_C)])
-            in_first_O = split_before[view.own_stop_O] - split_before[view.own_first_O]
-            usable_O &= (in_first_O == 0) | (in_first_O == size_O)
-        own_Q = np.flatnonzero(usable_O)
-
+        masked_L = self._masked_tokens(view, draw.masked_C, self.spec.seed, draw.draw, draw.timestep)
+        scored = scored_own_chunks(view, draw, self.context)
+        own_Q = scored.own_Q
         if self.context is None:
             teacher_logp_Q = np.zeros(len(own_Q), np.float32)
         else:
             # An own chunk's cache chunks are all masked here, so they are consecutive among the masked ones.
-            first_Q, stop_Q = masked_before[view.own_first_O[own_Q]], masked_before[view.own_stop_O[own_Q]]
+            first_Q, stop_Q = (
+                scored.masked_before[view.own_first_O[own_Q]],
+                scored.masked_before[view.own_stop_O[own_Q]],
+            )
             teacher_logp_Q = _sums(draw.gold_logp_of(self.context), first_Q, stop_Q)
         events = None
         if self.temperature is not None and self.context is not None:
             column = self.spec.temperatures.index(self.temperature)
             known = len(view.spelled)
             events = chunk_events(
-                view, draw, self.context, own_Q, masked_before, teacher_logp_Q,
-                self.temperature, column, self.speller, self.spec,
-            )  # fmt: skip
+                view, draw, self.context, scored, teacher_logp_Q, self.temperature, column, self.speller, self.spec
+            )
             self._spellings += len(view.spelled) - known
         return Row(
             document=stored.key,
@@ -278,7 +216,7 @@ class RowMaker:
             bytes_Q=view.own_bytes_O[own_Q],
             teacher_logp_Q=teacher_logp_Q,
             events=events,
-            coverage=Coverage(len(draw.chunks), int(size_O[own_Q].sum())),
+            coverage=Coverage(len(draw.chunks), int((view.own_stop_O - view.own_first_O)[own_Q].sum())),
             offset=view.offset,
         )
 

@@ -1,15 +1,7 @@
-"""Candidates as the student can spell them, and the events on which teacher and student are compared (DESIGN §5).
+"""The events on which teacher and student are compared (DESIGN §5).
 
-The topk lane holds fillings in the teacher's tokens. A filling becomes an event of the student if its bytes are valid
-UTF-8, hold no special token, and tokenise in place of the gold, in context, to exactly as many student tokens as the
-chunk has, with every other token left as it was. Retokenising the whole document for each candidate is exact and slow
-(`spell_in_document`). `Speller` encodes a small window instead, between two places where a visible character meets white
-space: there byte-level and SentencePiece tokenizers split the text whatever lies beyond. A window counts only if it
-reproduces the document's tokens with the gold in place; otherwise it grows, up to the whole document.
-
-Within one tokenizer nothing needs spelling: where student and teacher share their vocabulary, a chunk of one token on
-both sides has the candidates' ids themselves as events, as the paper's KL over the shared vocabulary has, and the tail
-samples of the cache (if it has any) say what *other* is made of.
+For each scored own chunk: the gold, and those candidates of the topk lane that the student can spell in its place
+(`shared.spelling`). The tail samples of the cache, if it has any, say what *other* is made of, within one tokenizer.
 
 Shape suffixes: Q scored own chunks of a row, E events of a row, P tokens of all events in order, S tail samples of a row,
 V ids that both vocabularies have.
@@ -17,27 +9,21 @@ V ids that both vocabularies have.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from shared.documents import BoolArray, IntArray
+from shared.documents import IntArray
+from shared.own_chunks import Scored
 from shared.spec import TAIL_TEMPERATURE
-from shared.tokenization import IrreproducibleText, TextTokenizer
+from shared.spelling import Candidates, Speller, candidates_of
 
 if TYPE_CHECKING:
-    from shared.cache.records import ContextScores, Draw
-    from shared.cache.vocabulary import TeacherVocabulary
+    from shared.cache.records import Draw
     from shared.spec import CaptureSpec
     from stage2_student.data import View
-
-Spelling = tuple[int, ...] | None
-SHARED_FROM = 0.99  # share of common ids that must spell the same for two vocabularies to be one
-_SPACE = 0x20
 
 
 @dataclass(frozen=True)
@@ -67,215 +53,11 @@ class TailSamples:
     log_share_S: npt.NDArray[np.float32]
 
 
-def shared_ids(tokenizer: TextTokenizer, vocabulary: TeacherVocabulary) -> BoolArray | None:
-    """Which ids mean the same to both, over those that both have; None unless nearly all do.
-
-    Tokenizers of one family may differ in a few added tokens (WeDLM's and Qwen3's share 151,646 ids of 151,669).
-    """
-    common = min(len(tokenizer.token_bytes), len(vocabulary))
-    same_V = np.array(
-        [a == b for a, b in zip(tokenizer.token_bytes[:common], vocabulary.token_bytes[:common], strict=True)], np.bool_
-    )
-    same_V &= tokenizer.special[:common] == vocabulary.special_V[:common]
-    longest = max(len(tokenizer.token_bytes), len(vocabulary))
-    return same_V if same_V.sum() >= SHARED_FROM * longest else None
-
-
-def spell_in_document(tokenizer: TextTokenizer, view: View, own: int, candidate: bytes) -> Spelling:
-    """The candidate's ids in place of own chunk `own`, by encoding the whole document again; None if it is no event."""
-    stored = view.stored
-    first = int(view.own_first_O[own])
-    message = int(stored.chunks.message_C[first])
-    content = stored.messages[message].content.encode()
-    start = int(stored.chunks.start_C[first])
-    stop = int(stored.chunks.stop_C[view.own_stop_O[own] - 1])
-    try:
-        text = (content[:start] + candidate + content[stop:]).decode()
-        candidate.decode()
-        messages = list(stored.messages)
-        messages[message] = dataclasses.replace(messages[message], content=text)
-        encoded = tokenizer.encode(tuple(messages), stored.chat, stored.cut)
-    except (UnicodeDecodeError, IrreproducibleText):
-        return None
-    a, b = int(view.own_token_first_O[own]), int(view.own_token_stop_O[own])
-    before, after = view.encoded.ids_L[:a].tolist(), view.encoded.ids_L[b:].tolist()
-    middle = _middle(encoded.ids_L.tolist(), before, after, b - a)
-    longer = len(candidate) - (stop - start)
-    edges_stay = (
-        middle is not None
-        and encoded.edges[a] == view.encoded.edges[a]
-        and encoded.edges[b] == view.encoded.edges[b] + longer
-    )
-    return middle if middle is not None and edges_stay and not tokenizer.special[list(middle)].any() else None
-
-
-def _middle(ids: list[int], before: list[int], after: list[int], count: int) -> Spelling:
-    """What stands between `before` and `after` in `ids`, if that is `count` tokens."""
-    stop = len(before) + count
-    if len(ids) != stop + len(after) or ids[: len(before)] != before or ids[stop:] != after:
-        return None
-    return tuple(ids[len(before) : stop])
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Tokens [first, stop) of a document around an own chunk, which reproduce it when encoded alone."""
-
-    prefix: str
-    suffix: str
-    before: list[int]
-    after: list[int]
-
-
-class Speller:
-    """Spells candidates in context through windows, with each document's answers kept in `View.spelled`."""
-
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self.tokenizer = tokenizer
-        self._length_V = np.array([len(spelled) for spelled in tokenizer.token_bytes], np.int64)
-        self._known = frozenset(tokenizer.token_bytes)
-        self._special_ids = frozenset(np.flatnonzero(tokenizer.special).tolist())
-        self._shared: tuple[TeacherVocabulary, BoolArray | None] | None = None
-
-    def shared_ids(self, vocabulary: TeacherVocabulary) -> BoolArray | None:
-        """`shared_ids` of this tokenizer, remembered for the last vocabulary."""
-        if self._shared is None or self._shared[0] is not vocabulary:
-            self._shared = (vocabulary, shared_ids(self.tokenizer, vocabulary))
-        return self._shared[1]
-
-    def _may_be(self, candidate: bytes, count: int) -> bool:
-        """Whether `count` tokens can spell the candidate at all; a cheap no for one or two, which most chunks have."""
-        if count == 1:
-            return candidate in self._known
-        if count == 2:
-            return any(
-                candidate[:at] in self._known and candidate[at:] in self._known for at in range(1, len(candidate))
-            )
-        return True
-
-    def spell(self, view: View, wanted: Sequence[tuple[int, bytes]]) -> list[Spelling]:
-        """The ids of each (own chunk, candidate bytes); None for those that are no events."""
-        spelled = view.spelled
-        new = [key for key in dict.fromkeys(wanted) if key not in spelled]
-        count_O = (view.own_token_stop_O - view.own_token_first_O).tolist()
-        ids_L, size_L = view.encoded.ids_L, np.diff(view.encoded.edges)
-        bytes_are_spelled = bool((self._length_V[ids_L] == size_L).all())  # no implied spaces, no offsets
-        splits_O = self._splits_characters(view)
-        possible = []
-        for key in new:
-            own, candidate = key
-            text = None if bytes_are_spelled and not self._may_be(candidate, count_O[own]) else _decoded(candidate)
-            if text is None or splits_O[own]:
-                spelled[key] = None
-            else:
-                possible.append((key, text))
-        windows = self._windows(view, sorted({own for (own, _), _ in possible}))
-        texts, keys = [], []
-        for key, text in possible:
-            window = windows[key[0]]
-            if window is None:
-                spelled[key] = spell_in_document(self.tokenizer, view, *key)
-            else:
-                texts.append(window.prefix + text + window.suffix)
-                keys.append(key)
-        token_bytes = self.tokenizer.token_bytes
-        for key, ids in zip(keys, self.tokenizer.encode_text_batch(texts), strict=True):
-            own, candidate = key
-            window = windows[own]
-            assert window is not None
-            middle = _middle(ids, window.before, window.after, count_O[own])
-            if middle is not None:
-                if not self._special_ids.isdisjoint(middle):
-                    middle = None
-                elif b"".join([token_bytes[token] for token in middle]) != candidate:
-                    # Changed by a normaliser, or by tokens that do not spell their bytes: rare, not for windows.
-                    middle = spell_in_document(self.tokenizer, view, own, candidate)
-            spelled[key] = middle
-        return [spelled[key] for key in wanted]
-
-    @staticmethod
-    def _splits_characters(view: View) -> list[bool]:
-        """Per own chunk, whether it begins or ends within a character: then no text can stand in its place."""
-        text, edges = np.frombuffer(view.rendering + b" ", np.uint8), view.encoded.edges
-        within = (text[edges] & 0xC0) == 0x80
-        splits: list[bool] = (within[view.own_token_first_O] | within[view.own_token_stop_O]).tolist()
-        return splits
-
-    def _windows(self, view: View, owns: Sequence[int]) -> dict[int, _Window | None]:
-        """A window for each own chunk; None where only the whole document will do."""
-        edges = view.encoded.edges
-        safe = _safe_edges(view.rendering, edges)
-        safe_byte = edges[safe]
-        # A special token parts the text before anything else is done to it, so a window may start or end there.
-        stops = np.flatnonzero(self.tokenizer.special[view.encoded.ids_L])
-        found: dict[int, _Window | None] = dict.fromkeys(owns)
-        pending = list(owns)
-        # How many safe edges to go out (the end of the text and a special token are always one), and whether the first
-        # space is left to the tokenizer, as those that put one before every text need it.
-        for reach, implied_space in ((1, False), (1, True), (4, False), (4, True)):
-            spans, texts = [], []
-            for own in pending:
-                a, b = int(view.own_token_first_O[own]), int(view.own_token_stop_O[own])
-                special = int(np.searchsorted(stops, a))
-                low = int(stops[special - 1]) + 1 if special else 0
-                high = int(stops[special]) if special < len(stops) else len(edges) - 1
-                # Whatever makes an edge safe lies outside the chunk: on the left the white space after it, on the right
-                # the visible character before it.
-                at = int(np.searchsorted(safe_byte, edges[a] - 1, side="right")) - reach
-                first = max(low, int(safe[at])) if at >= 0 else low
-                at = int(np.searchsorted(safe, b, side="right")) - 1 + reach
-                last = min(high, int(safe[at])) if at < len(safe) else high
-                begin = int(edges[first]) + (implied_space and view.rendering[edges[first]] == _SPACE)
-                spans.append((own, begin, first, a, b, last))
-                texts.append(_decoded(view.rendering[begin : edges[last]]) or "")
-            pending = []
-            for (own, begin, first, a, b, last), ids in zip(
-                spans, self.tokenizer.encode_text_batch(texts), strict=True
-            ):
-                if ids != view.encoded.ids_L[first:last].tolist():
-                    pending.append(own)
-                    continue
-                found[own] = _Window(
-                    prefix=view.rendering[begin : edges[a]].decode(),
-                    suffix=view.rendering[edges[b] : edges[last]].decode(),
-                    before=view.encoded.ids_L[first:a].tolist(),
-                    after=view.encoded.ids_L[b:last].tolist(),
-                )
-        return found
-
-
-def _decoded(text: bytes) -> str | None:
-    """The text; None where it starts or ends within a character."""
-    try:
-        return text.decode()
-    except UnicodeDecodeError:
-        return None
-
-
-def _safe_edges(rendering: bytes, edges: IntArray) -> IntArray:
-    """Numbers of the tokens, ascending, that start where the text is split whatever lies on either side.
-
-    That is where a visible ASCII character is followed by white space. Only line ends after punctuation are left out:
-    the splitting rules of cl100k and its like keep these together.
-    """
-    text = np.frombuffer(rendering + b"  ", np.uint8)
-    start = edges[:-1]
-    before, at = text[start - 1], text[start]  # for start 0: the space that was added
-    alphanumeric = _among(before, b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    visible = (before > _SPACE) & (before < 0x7F)
-    return np.flatnonzero((visible & _among(at, b" \t")) | (alphanumeric & _among(at, b"\n\r")))
-
-
-def _among(byte: npt.NDArray[np.uint8], allowed: bytes) -> BoolArray:
-    return np.isin(byte, np.frombuffer(allowed, np.uint8))
-
-
 def chunk_events(
     view: View,
     draw: Draw,
     context: str,
-    own_Q: IntArray,
-    masked_before: IntArray,
+    scored: Scored,
     teacher_logp_Q: npt.NDArray[np.float32],
     temperature: float,
     temperature_column: int,
@@ -284,74 +66,19 @@ def chunk_events(
 ) -> Events:
     """The events of each scored own chunk of a draw, with the teacher's log masses at `temperature` (DESIGN §5).
 
-    `masked_before[c]` counts the draw's masked chunks before cache chunk c; `temperature_column` is the column of
-    `temperature` in `log_z_MT`. Chunks of one token of a shared vocabulary have ids as events. An own chunk of several
-    cache chunks has the gold alone: the lane holds no fillings of their union. Candidates with the same bytes are added
-    up; those with the gold's bytes count as *other*.
+    `temperature_column` is the column of `temperature` in `log_z_MT`. An own chunk of several cache chunks has the gold
+    alone: the lane holds no fillings of their union.
     """
-    scores = draw.scores[context]
-    assert scores.log_z_MT is not None
-    assert scores.topk_ids is not None
-    assert scores.topk_logp_MK is not None
-    stored = view.stored
-    count_M = stored.token_count_C[draw.chunks]
-    k = scores.topk_logp_MK.shape[1]
-    start_M = np.concatenate([[0], np.cumsum(k * count_M)])
-    first_Q, stop_Q = masked_before[view.own_first_O[own_Q]], masked_before[view.own_stop_O[own_Q]]
-    log_z_total = np.concatenate([[0.0], np.cumsum(scores.log_z_MT[:, temperature_column], dtype=np.float64)])
-    log_z_Q = log_z_total[stop_Q] - log_z_total[first_Q]
-    ids = scores.topk_ids.tolist()
-    special_V = draw.vocabulary.special_V
-    special = set(np.flatnonzero(special_V).tolist()) if special_V[scores.topk_ids].any() else set()
-    token_bytes = draw.vocabulary.token_bytes
-    same_V = speller.shared_ids(draw.vocabulary)
-    by_id_Q = _single_shared_tokens(view, draw, own_Q, first_Q, stop_Q, same_V)
-    candidates: list[list[tuple[tuple[int, ...], float]]] = [[] for _ in own_Q]
-
-    wanted: list[tuple[int, bytes]] = []
-    mass: list[float] = []
-    chunk: list[int] = []
-    for q, (own, m, stop) in enumerate(zip(own_Q.tolist(), first_Q.tolist(), stop_Q.tolist(), strict=True)):
-        if stop - m != 1:
-            continue
-        a, b = view.own_token_first_O[own], view.own_token_stop_O[own]
-        gold = view.rendering[view.encoded.edges[a] : view.encoded.edges[b]]
-        n, begin = int(count_M[m]), int(start_M[m])
-        log_z = float(log_z_Q[q])
-        if by_id_Q[q]:
-            assert same_V is not None
-            gold_id = int(view.ids_L[a])
-            for token, logp in zip(ids[begin : begin + k], scores.topk_logp_MK[m].tolist(), strict=True):
-                if token != gold_id and token < len(same_V) and same_V[token]:
-                    candidates[q].append(((token,), logp / temperature - log_z))
-            continue
-        by_bytes: dict[bytes, float] = {}
-        for logp in scores.topk_logp_MK[m].tolist():
-            filling = ids[begin : begin + n]
-            begin += n
-            spelling = b"".join([token_bytes[token] for token in filling])
-            if spelling == gold or (special and not special.isdisjoint(filling)):
-                continue
-            scaled = logp / temperature - log_z
-            if spelling in by_bytes:
-                scaled = float(np.logaddexp(by_bytes[spelling], scaled))
-            by_bytes[spelling] = scaled
-        wanted += [(own, spelling) for spelling in by_bytes]
-        mass += by_bytes.values()
-        chunk += [q] * len(by_bytes)
-
-    spelled = speller.spell(view, wanted)
-    gold_mass_Q = teacher_logp_Q.astype(np.float64) / temperature - log_z_Q
-    for q, spelling_ids, scaled in zip(chunk, spelled, mass, strict=True):
-        if spelling_ids is not None:
-            candidates[q].append((spelling_ids, scaled))
+    candidates = candidates_of(view, draw, context, scored, temperature, temperature_column, speller)
+    own_Q = scored.own_Q
+    gold_mass_Q = teacher_logp_Q.astype(np.float64) / temperature - candidates.log_z_Q
     chunk_E: list[int] = []
     start_E: list[int] = []
     ids_P: list[int] = []
     log_mass_E: list[float] = []
     for q, own in enumerate(own_Q.tolist()):
         gold_ids = view.ids_L[view.own_token_first_O[own] : view.own_token_stop_O[own]].tolist()
-        for event_ids, log_mass in [(tuple(gold_ids), float(gold_mass_Q[q])), *candidates[q]]:
+        for event_ids, log_mass in [(tuple(gold_ids), float(gold_mass_Q[q])), *candidates.spelled_Q[q]]:
             chunk_E.append(q)
             start_E.append(len(ids_P))
             ids_P.extend(event_ids)
@@ -361,34 +88,17 @@ def chunk_events(
         np.array(start_E, np.int64),
         np.array(ids_P, np.int64),
         np.array(log_mass_E, np.float32),
-        _tail(scores, view, own_Q, first_Q, by_id_Q, same_V, count_M, log_z_Q, temperature, spec),
+        _tail(draw, context, view, scored, candidates, speller, temperature, spec),
     )
 
 
-def _single_shared_tokens(
-    view: View, draw: Draw, own_Q: IntArray, first_Q: IntArray, stop_Q: IntArray, same_V: BoolArray | None
-) -> BoolArray:
-    """Which own chunks are one masked chunk of one token, the same id on both sides."""
-    if same_V is None:
-        return np.zeros(len(own_Q), np.bool_)
-    stored, chunk_Q = draw.stored, view.own_first_O[own_Q]
-    token_first_C = np.cumsum(stored.token_count_C) - stored.token_count_C
-    teacher_Q = stored.token_ids_N[token_first_C[chunk_Q]].astype(np.int64)
-    first_token_Q = view.own_token_first_O[own_Q]
-    single_Q = (stored.token_count_C[chunk_Q] == 1) & (stop_Q - first_Q == 1)
-    single_Q &= view.own_token_stop_O[own_Q] - first_token_Q == 1
-    return np.asarray(single_Q & (view.ids_L[first_token_Q] == teacher_Q))
-
-
 def _tail(
-    scores: ContextScores,
+    draw: Draw,
+    context: str,
     view: View,
-    own_Q: IntArray,
-    first_Q: IntArray,
-    by_id_Q: BoolArray,
-    same_V: BoolArray | None,
-    count_M: IntArray,
-    log_z_Q: npt.NDArray[np.float64],
+    scored: Scored,
+    candidates: Candidates,
+    speller: Speller,
     temperature: float,
     spec: CaptureSpec,
 ) -> TailSamples | None:
@@ -397,11 +107,13 @@ def _tail(
     They were drawn in proportion to p at TAIL_TEMPERATURE, so at T each has a share in proportion to
     exp(L / T − L / TAIL_TEMPERATURE) of what they stand for.
     """
-    if scores.tail_ids is None or scores.tail_logp is None or same_V is None or not by_id_Q.any():
+    scores, same_V = draw.scores[context], speller.shared_ids(draw.vocabulary)
+    if scores.tail_ids is None or scores.tail_logp is None or same_V is None or not candidates.by_id_Q.any():
         return None
-    single_M = np.cumsum(count_M == 1) - 1  # of a chunk of one token among these
-    chosen_Q = np.flatnonzero(by_id_Q)
-    row_Q = single_M[first_Q[chosen_Q]]
+    single_M = np.cumsum(draw.token_count_M == 1) - 1  # of a chunk of one token among these
+    chosen_Q = np.flatnonzero(candidates.by_id_Q)
+    own_Q, log_z_Q = scored.own_Q, candidates.log_z_Q
+    row_Q = single_M[scored.masked_before[view.own_first_O[own_Q[chosen_Q]]]]
     id_QS = scores.tail_ids.reshape(-1, spec.tail_samples)[row_Q].astype(np.int64)
     logp_QS = scores.tail_logp.reshape(-1, spec.tail_samples)[row_Q].astype(np.float64)
     gold_Q = view.ids_L[view.own_token_first_O[own_Q[chosen_Q]]]

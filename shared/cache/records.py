@@ -140,6 +140,13 @@ class Draw:
     vocabulary: TeacherVocabulary
 
     @cached_property
+    def masked_C(self) -> BoolArray:
+        """Which of the document's chunks are masked."""
+        masked_C = np.zeros(len(self.stored.chunks), np.bool_)
+        masked_C[self.chunks] = True
+        return masked_C
+
+    @cached_property
     def token_count_M(self) -> IntArray:
         """Teacher tokens of each masked chunk."""
         return self.stored.token_count_C[self.chunks]

@@ -124,7 +124,7 @@ def _check_shard(cache: Cache, index: int) -> None:
         for draw in shard.draws:
             _check_draw(cache, receipt, draw)
         dropped = [(entry[0], Dropped(*entry[1:])) for entry in footer["dropped"]]
-        rows = [(d.stored, d.timestep, _masked(d)) for d in shard.draws]
+        rows = [(d.stored, d.timestep, d.masked_C) for d in shard.draws]
         counts = count_shard(shard.documents, dropped, rows)
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise TidecacheError(f"{where}: its rows do not fit each other ({error})") from error
@@ -137,18 +137,12 @@ def _check_shard(cache: Cache, index: int) -> None:
         raise TidecacheError(f"{cache.path / receipt.documents.path}: its content digest is not that of its rows")
     content = format.sum_digests(
         [
-            format.draw_digest(cache.spec, digests[d.document], d.draw, d.timestep, _masked(d), d.split, d.scores)
+            format.draw_digest(cache.spec, digests[d.document], d.draw, d.timestep, d.masked_C, d.split, d.scores)
             for d in shard.draws
         ]
     )
     if content != receipt.content:
         raise TidecacheError(f"{where}: the content digest of the receipt is not that of its rows")
-
-
-def _masked(draw: Draw) -> noise.BoolArray:
-    masked_C = np.zeros(len(draw.stored.chunks), dtype=np.bool_)
-    masked_C[draw.chunks] = True
-    return masked_C
 
 
 def _check_footers(cache: Cache, receipt: Receipt) -> dict[str, Any]:

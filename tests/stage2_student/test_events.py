@@ -11,9 +11,9 @@ import pytest
 from shared.cache.reader import Cache
 from shared.cache.records import Draw
 from shared.documents import Message, RawDocument
+from shared.spelling import Speller, spell_in_document
 from shared.tokenization import TextTokenizer
 from stage2_student.data import RowMaker, view_document
-from stage2_student.events import Speller, spell_in_document
 from tests.conftest import TINY_TEACHER
 from tests.stage2_student import synthetic
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from shared.cache.records import ContextScores, Draw
 from shared.cache.vocabulary import TeacherVocabulary
 from shared.preparation import Limits, Preparer
+from shared.spelling import shared_ids
 from shared.tokenization import TextTokenizer
 from stage2_student import objectives
 from stage2_student.batch import Collator
 from stage2_student.config import load_recipe
 from stage2_student.data import RowMaker
-from stage2_student.events import shared_ids
 from stage2_student.head import Head
 from stage2_student.losses import batch_losses
 from tests.conftest import TINY_STUDENT
