@@ -89,10 +89,12 @@ def round_significant(values: npt.ArrayLike, bits: int) -> npt.NDArray[np.float3
     return (rounded & ~((np.uint32(1) << drop) - np.uint32(1))).view(np.float32)
 
 
-def stored_scores(scores: ContextScores) -> ContextScores:
-    """The scores as the file will hold them: what a reader gets back, to the bit."""
-    if scores.topk_ids is None or scores.topk_logp_MK is None or scores.log_z_MT is None:
+def stored_scores(spec: CaptureSpec, scores: ContextScores) -> ContextScores:
+    """The scores as a file of a cache with this spec will hold them: what a reader gets back, to the bit."""
+    if "topk" not in spec.lanes:
         return ContextScores(round_significant(scores.gold_logp_N, LOGP_BITS))
+    if scores.topk_ids is None or scores.topk_logp_MK is None or scores.log_z_MT is None:
+        raise ValueError("the spec has a topk lane and the scores none")
     return ContextScores(
         gold_logp_N=round_significant(scores.gold_logp_N, LOGP_BITS),
         log_z_MT=round_significant(scores.log_z_MT, LOG_Z_BITS),

@@ -199,7 +199,7 @@ class CacheWriter:
         self, shard: ShardRange, rows: Sequence[tuple[StoredDocument, DrawRecord]], batch_tokens: int
     ) -> tuple[tuple[FileRecord, bytes], str]:
         """((record, bytes), the sum of the rows' digests)."""
-        scores = [{x: format.stored_scores(r.contexts[x]) for x in self.spec.contexts} for _, r in rows]
+        scores = [{x: format.stored_scores(self.spec, r.contexts[x]) for x in self.spec.contexts} for _, r in rows]
         statistics = shard_statistics(self.spec, rows, scores)
         rounded = [
             (d, DrawRecord(r.position, r.draw, r.timestep, r.masked_C, r.split_M, s))

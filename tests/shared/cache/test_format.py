@@ -58,7 +58,7 @@ def rows(spec, documents=3, draws=2):
         (s, synthetic.draw(spec, p, d, k)) for s, (p, d) in zip(stored, prepared, strict=True) for k in range(draws)
     ]
     return stored, [
-        (s, dataclasses.replace(r, contexts={x: format.stored_scores(c) for x, c in r.contexts.items()}))
+        (s, dataclasses.replace(r, contexts={x: format.stored_scores(spec, c) for x, c in r.contexts.items()}))
         for s, r in records
     ]
 
