@@ -1,4 +1,4 @@
-"""Will a teacher fit? Asked before its weights are read, and answered with what would (issue "Real teachers at speed").
+"""Will a teacher fit? Asked before its weights are read, and answered with what would; and did a batch not fit?
 
 The parameters are counted from the headers of the safetensors files, so that the estimate costs nothing and is of this
 checkpoint, not of its name. What else is needed is small beside the weights: a float32 copy of the head where the
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 WORKING_SET = 200_000_000  # activations of one batch and the tile of logits, for models of common width
 _FACTORS = {"cpu": 1.02, "cuda": 1.05}  # allocators hold somewhat more than is asked of them
+_SIGNS_OF_FULL_MEMORY = ("out of memory", "outofmemoryerror", "_status_alloc_failed", "can't allocate memory")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ class Need:
         """Weights, the head's float32 copy where the weights are narrower, and the working set."""
         copy = 0 if self.dtype == "float32" else 4 * self.head
         return self.parameters * DTYPE_BYTES[self.dtype] + copy + WORKING_SET
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether this says that a device's memory is full: torch's own exception, a library's status, a worker's text."""
+    import torch
+
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in _SIGNS_OF_FULL_MEMORY)
 
 
 def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:

@@ -29,7 +29,7 @@ BATCH_TOKENS = 4096  # the default budget of one batch, in padded tokens
 
 
 class OutOfDeviceMemoryError(TidecacheError):
-    """A batch did not fit on the device; with a smaller `batch_tokens` it may."""
+    """A batch did not fit on the device; with half the `batch_tokens` it may, and the teacher can be asked again."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,12 @@ class Teacher(Protocol):
     logit_shift: bool
     dtype: str
     vocabulary: int
-    length_limit: int | None  # the longest sequence that it has positions for, in tokens
     temperatures: tuple[float, ...]
-    batch_tokens: int
+    batch_tokens: int  # may be changed between two calls
+
+    @property
+    def length_limit(self) -> int | None:
+        """The longest sequence that it has positions for, in tokens; None: no limit."""
 
     @property
     def weights(self) -> str:

@@ -37,7 +37,10 @@ class Limits(Protocol):
     layout: str
     logit_shift: bool
     vocabulary: int
-    length_limit: int | None
+
+    @property
+    def length_limit(self) -> int | None:
+        """In tokens."""
 
 
 def as_ids(values: Any) -> Ids:

@@ -24,6 +24,7 @@ import torch
 
 from shared.errors import TidecacheError
 from stage1_teacher.architectures.loading import DTYPES, load_model
+from stage1_teacher.architectures.memory import ran_out_of_memory
 from stage1_teacher.architectures.tokenizers import has_tokenizer, teacher_tokenizer
 from stage1_teacher.backends import OutOfDeviceMemoryError, ScoreRequest, Scores, ScoresWithTail
 from stage1_teacher.backends.requests import Arrays, checked
@@ -136,7 +137,9 @@ class TransformersTeacher:
                 tail = (samples, torch.from_numpy(chance_N).to(self._device))
             try:
                 part = self._score_rows([rows[m] for m in members], gold_N, k, tail)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not ran_out_of_memory(error):
+                    raise
                 raise OutOfDeviceMemoryError(
                     f"the teacher {self.name} ran out of memory on {self._device} with a batch of {self.batch_tokens} "
                     f"tokens ({len(members)} sequences); give a smaller --batch-tokens, shorter sequences with --length, "

@@ -179,11 +179,15 @@ def test_out_of_memory_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run(teacher, tmp_path / "whole", corpus, size=4)
     score_rows = teacher._score_rows
     failures = [400, 200]
+    errors: list[Exception] = [
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ]
 
     def small_device(batch: list[Any], *rest: Any) -> Any:
         if failures and teacher.batch_tokens == failures[0] and sum(len(row.token_S) for row in batch) > 100:
             failures.pop(0)
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise errors.pop()
         return score_rows(batch, *rest)
 
     monkeypatch.setattr(teacher, "_score_rows", small_device)

@@ -3,7 +3,8 @@
 The engine runs in the capture's own process (tensor parallelism adds workers), and all requests of a call are queued
 before its first step: so which requests share a batch depends on the call and the budget alone, and a shard that is
 scored again gives the same bits. For the same reason the size of the key/value cache follows from the budget, not from
-what memory happens to be free, and pages are reused within a call, not across calls.
+what memory happens to be free, and pages are reused within a call, not across calls. An engine that runs out of device
+memory in the middle is gone; the pipeline halves the budget, and the next call starts one with that.
 
 A prompt is computed in one step, so it must fit the budget `batch_tokens`: in `bd3lm` a text of L tokens needs 2 L, and
 more where blocks are no multiple of a page (`pages`).
@@ -13,15 +14,11 @@ Shapes: L tokens of one request, N scored positions, K candidates, T temperature
 
 from __future__ import annotations
 
+import gc
 import hashlib
-import importlib.util
-import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from importlib.metadata import entry_points
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +26,17 @@ import numpy as np
 import torch
 
 from shared.errors import TidecacheError
-from stage1_teacher.backends import ScoreRequest, Scores
+from stage1_teacher.architectures.memory import ran_out_of_memory
+from stage1_teacher.backends import OutOfDeviceMemoryError, ScoreRequest, Scores
 from stage1_teacher.backends.requests import Arrays, checked
 from stage1_teacher.backends.vllm import crosscheck
+from stage1_teacher.backends.vllm.engine import PAGE, require_vllm, start_engine
 from stage1_teacher.backends.vllm.pages import place, prompt_sizes
-from stage1_teacher.backends.vllm.plugin import architecture, register
-from stage1_teacher.backends.vllm.traits import FIELD, LAYOUTS, ScorerTraits
+from stage1_teacher.backends.vllm.plugin import architecture
+from stage1_teacher.backends.vllm.traits import LAYOUTS, ScorerTraits
 from stage1_teacher.presets import Preset, local_folder
 from stage1_teacher.weights import configuration_digest, weight_files, weights_digest
 
-VERSION = "0.32"  # of vLLM, whose inner interfaces the plug-in uses
-PAGE = {"cpu": 32, "cuda": 16}  # the smallest page that the attention kernels take, in tokens
-CACHED_BATCHES = 4  # the key/value cache holds so many batches: one in work, the others to be reused
 log = logging.getLogger(__name__)
 
 
@@ -48,8 +44,8 @@ class VllmTeacher:
     """See `stage1_teacher.backends.Teacher`; made by `load_vllm_teacher`."""
 
     def __init__(
-        self, preset: Preset, folder: Path, config: Any, engine: Any, traits: ScorerTraits, mask_id: int | None, dtype: str,
-        batch_tokens: int,
+        self, preset: Preset, folder: Path, config: Any, start: Callable[[int], Any], traits: ScorerTraits,
+        mask_id: int | None, dtype: str, batch_tokens: int,
     ) -> None:  # fmt: skip
         self.name = preset.name
         self.folder = folder
@@ -62,12 +58,19 @@ class VllmTeacher:
         self.vocabulary = traits.vocabulary
         self.temperatures = traits.temperatures
         self.batch_tokens = batch_tokens
-        self.length_limit: int | None = _longest(traits, config, batch_tokens)
         self.prompt_tokens = 0  # of all calls so far, and those of them that vLLM found in reused pages
         self.reused_tokens = 0
         self._rows = config.vocab_size
         self._traits = traits
-        self._engine = engine
+        self._config = config
+        self._start = start
+        self._engine: Any = start(batch_tokens)
+        self._engine_tokens = batch_tokens
+
+    @property
+    def length_limit(self) -> int | None:
+        """The longest text that fits the budget of the moment, in tokens."""
+        return _longest(self._traits, self._config, self.batch_tokens)
 
     @cached_property
     def weights(self) -> str:
@@ -78,6 +81,7 @@ class VllmTeacher:
         """See `stage1_teacher.backends.Teacher.score`."""
         if not 1 <= k <= self.vocabulary:
             raise TidecacheError(f"k: expected between 1 and the teacher's {self.vocabulary} tokens, found {k}")
+        self._have_engine()
         needs_clean = self.layout == "bd3lm"
         arrays = [checked(n, request, self, self._rows, needs_clean) for n, request in enumerate(requests)]
         first_R = np.concatenate([[0], np.cumsum([len(a.position_N) for a in arrays])]).astype(np.int64)
@@ -85,12 +89,12 @@ class VllmTeacher:
         numbers_NX = torch.empty(int(first_R[-1]), 1 + temperatures + 2 * k)
         if needs_clean:
             self._engine.reset_prefix_cache()
-        for number, a in enumerate(arrays):
-            if len(a.position_N):
-                self._queue(str(number), a, k)
+        longest = max(
+            (self._queue(str(number), a, k) for number, a in enumerate(arrays) if len(a.position_N)), default=0
+        )
         while self._engine.has_unfinished_requests():
             done = 0
-            for output in self._step():
+            for output in self._step(longest):
                 number = int(output.request_id)
                 numbers_NX[first_R[number] : first_R[number + 1]] = output.outputs.data
                 self.prompt_tokens += len(output.prompt_token_ids)
@@ -106,8 +110,18 @@ class VllmTeacher:
         gold_N1, log_z_NT, id_NK, logp_NK = numbers_NX.split([1, temperatures, k, k], dim=1)
         return Scores(gold_N1[:, 0].clone(), id_NK.long(), logp_NK.clone(), log_z_NT.clone())
 
-    def _queue(self, name: str, a: Arrays, k: int) -> None:
-        """Lay a request out in pages and hand it to the engine."""
+    def _have_engine(self) -> None:
+        """An engine with the budget of the moment: it is built in, so another budget is another engine."""
+        if self._engine is not None and self._engine_tokens == self.batch_tokens:
+            return
+        self.close()
+        gc.collect()  # what ran out of memory is kept by nothing any more, but by cycles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._engine, self._engine_tokens = self._start(self.batch_tokens), self.batch_tokens
+
+    def _queue(self, name: str, a: Arrays, k: int) -> int:
+        """Lay a request out in pages and hand it to the engine; the tokens of its prompt."""
         from vllm import PoolingParams
         from vllm.inputs.engine import tokens_input
 
@@ -125,20 +139,32 @@ class VllmTeacher:
                 "clean_pages": placement.clean_pages,
             },
         )
-        self._engine.add_request(name, tokens_input(placement.prompt(a.token_L, a.clean_L).tolist()), params)
+        prompt_P = placement.prompt(a.token_L, a.clean_L)
+        self._engine.add_request(name, tokens_input(prompt_P.tolist()), params)
+        return len(prompt_P)
 
-    def _step(self) -> list[Any]:
+    def _step(self, longest: int) -> list[Any]:
+        """One step of the engine; `longest`: tokens of the longest prompt, which every budget must hold."""
         try:
             return list(self._engine.step())
-        except torch.OutOfMemoryError as error:  # the budget is built into the engine: only another start can lower it
-            raise TidecacheError(
-                f"the teacher {self.name} ran out of device memory with batches of {self.batch_tokens} tokens: start again with "
-                f"a smaller --batch-tokens, --dtype bfloat16, or more devices (--tensor-parallel)"
+        except Exception as error:  # that of this process, or a worker's as text
+            if not ran_out_of_memory(error):
+                raise
+            self.close()  # what it had queued and allocated goes with it
+            smaller = longest <= self.batch_tokens // 2
+            kind = OutOfDeviceMemoryError if smaller else TidecacheError
+            raise kind(
+                f"the teacher {self.name} ran out of device memory with batches of {self.batch_tokens} tokens"
+                + ("" if smaller else f", and half of it does not hold a prompt of {longest}")
+                + ": start again with a smaller --batch-tokens, shorter sequences with --length, --dtype bfloat16, or more "
+                "devices (--tensor-parallel)"
             ) from error
 
     def close(self) -> None:
-        """Stop the engine and its workers, and free their memory."""
-        self._engine.engine_core.shutdown()
+        """Stop the engine and its workers, and free their memory; the next `score` starts another."""
+        if self._engine is not None:
+            self._engine.engine_core.shutdown()
+            self._engine = None
 
 
 def _class_name(config: Any) -> str:
@@ -166,7 +192,7 @@ def load_vllm_teacher(
             absent or incomplete, an engine that does not start, or one that disagrees with the transformers backend.
     """
     _check_arguments(preset, temperatures, dtype, batch_tokens, tensor_parallel)
-    platform = _require_vllm(tensor_parallel)
+    platform = require_vllm(tensor_parallel)
     from stage1_teacher.architectures.families import read_family
     from stage1_teacher.architectures.loading import check_tensors
     from stage1_teacher.architectures.memory import read_shapes
@@ -225,8 +251,8 @@ def load_vllm_teacher(
         log.warning(
             "%s: too large for the transformers backend on this device: its scores are not cross-checked", folder
         )
-    engine = _start(folder, config, traits, name, dtype, batch_tokens, tensor_parallel)
-    teacher = VllmTeacher(preset, folder, config, engine, traits, mask_id, dtype, batch_tokens)
+    start = partial(start_engine, folder, config, traits, name, dtype, tensor_parallel)
+    teacher = VllmTeacher(preset, folder, config, start, traits, mask_id, dtype, batch_tokens)
     if expected is not None:
         try:
             crosscheck.compare(teacher, requests, expected)
@@ -255,111 +281,3 @@ def _check_arguments(
     ):
         if value < 1:
             raise TidecacheError(f"{field}: expected at least 1, found {value}")
-
-
-def _require_vllm(tensor_parallel: int) -> str:
-    """Import vLLM and make our architectures known to it; "cpu" or "cuda", where it will run."""
-    if importlib.util.find_spec("vllm") is None:
-        raise TidecacheError(
-            "the backend vllm needs vLLM, which is not installed: with CUDA, pip install 'tidecache[vllm]'; on a CPU, `make vllm-env` "
-            "makes an environment for it (.venv-vllm)"
-        )
-    # vLLM has no other form for these: an engine in this process (composition of batches), no report to its makers, and
-    # workers on CPUs that share one memory node.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if tensor_parallel > 1:
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    try:
-        import vllm
-        from vllm.platforms import current_platform
-
-        register()
-    except Exception as error:  # a broken installation fails in many ways
-        text = " ".join(str(error).split())[:300]
-        raise TidecacheError(
-            f"vLLM is installed but cannot be imported ({type(error).__name__}: {text}): on a CPU torchvision, torchaudio and "
-            f"torchcodec break it beside torch 2.13; `make vllm-env` makes an environment that works"
-        ) from error
-    if not vllm.__version__.startswith(VERSION):
-        raise TidecacheError(
-            f"tidecache's plug-in is written for vLLM {VERSION}, found {vllm.__version__}: install vllm=={VERSION}.*"
-        )
-    if tensor_parallel > 1 and "tidecache" not in {e.name for e in entry_points(group="vllm.general_plugins")}:
-        raise TidecacheError(
-            "vLLM's workers do not find tidecache's plug-in (entry point vllm.general_plugins): install tidecache again in this "
-            "environment, for example pip install --no-deps -e ."
-        )
-    return "cpu" if current_platform.is_cpu() else "cuda"
-
-
-def _start(
-    folder: Path, config: Any, traits: ScorerTraits, name: str, dtype: str, batch_tokens: int, tensor_parallel: int
-) -> Any:
-    """A vLLM engine with the checkpoint."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for field, value in (("attention heads", config.num_attention_heads), ("key/value heads", kv_heads)):
-        if value % tensor_parallel and not (field == "key/value heads" and tensor_parallel % value == 0):
-            raise TidecacheError(
-                f"tensor_parallel: {tensor_parallel} workers cannot share the {value} {field} of {folder} evenly"
-            )
-    if traits.page == PAGE["cpu"]:
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-        sizes = CPUAttentionBackend.get_supported_head_sizes()
-        if head_dim not in sizes:
-            raise TidecacheError(
-                f"teacher {folder}: its attention heads have {head_dim} dimensions, and vLLM's kernels for CPUs take only "
-                f"{', '.join(map(str, sizes))}: use --backend transformers"
-            )
-    sequences = max(1, min(1024, batch_tokens // 8))
-    pages = CACHED_BATCHES * -(-batch_tokens // traits.page) + sequences + 8
-    width = 4 if dtype == "float32" else 2
-    page_bytes = 2 * config.num_hidden_layers * max(1, kv_heads // tensor_parallel) * head_dim * width * traits.page
-    fields = config.to_dict() | {
-        "architectures": [name],
-        "model_type": config.model_type,
-        "max_position_embeddings": max(config.max_position_embeddings, batch_tokens),  # of the table of rotations only
-        "dtype": dtype,
-        FIELD: traits.to_json(),
-    }
-    with tempfile.TemporaryDirectory(prefix="tidecache-vllm-") as translated:
-        (Path(translated) / "config.json").write_text(json.dumps(fields, default=str), encoding="utf-8")
-        arguments = EngineArgs(
-            model=str(folder),
-            hf_config_path=translated,
-            skip_tokenizer_init=True,
-            load_format="safetensors",
-            use_tqdm_on_load=False,
-            runner="pooling",
-            dtype=dtype,
-            enforce_eager=True,
-            max_model_len=batch_tokens,
-            max_num_batched_tokens=batch_tokens,
-            max_num_seqs=sequences,
-            block_size=traits.page,
-            kv_cache_memory_bytes=pages * page_bytes,
-            enable_chunked_prefill=False,
-            enable_prefix_caching=traits.layout == "bd3lm",
-            scheduler_cls="stage1_teacher.backends.vllm.scheduler.DocumentScheduler",
-            async_scheduling=False,
-            tensor_parallel_size=tensor_parallel,
-            distributed_executor_backend="mp" if tensor_parallel > 1 else "uni",
-            disable_log_stats=False,
-            seed=0,
-        )
-        try:
-            return LLMEngine.from_engine_args(arguments)
-        except TidecacheError:
-            raise
-        except Exception as error:  # vLLM's start fails in many ways: memory, kernels, weights
-            text = " ".join(str(error).split())[:400]
-            raise TidecacheError(
-                f"teacher {folder}: vLLM could not be started with it ({type(error).__name__}: {text}); "
-                f"--backend transformers does without vLLM"
-            ) from error
