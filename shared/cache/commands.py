@@ -23,16 +23,21 @@ def group() -> None:
 def inspect(
     cache: Path = CachePath,
     as_json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
+    sample: int = typer.Option(
+        16, min=0, help="Read the rows of so many document ranges, evenly spaced (0: footers alone)."
+    ),
 ) -> None:
     """Show what a cache holds.
 
-    Documents, draws, bytes by lane, and the teacher's likelihoods by timestep.
+    Documents, draws, bytes by lane; by timestep the teacher's likelihoods, entropy, tail mass and calibration; compdemo
+    against plain.
 
-    Only the manifest and the footers of the files are read.
+    The footers of all files are read, and the rows of a sample.
     """
-    from shared.cache.inspect import inspect_cache, render
+    from shared.cache.inspect import inspect_cache
+    from shared.cache.inspect_text import render
 
-    inspection = inspect_cache(cache)
+    inspection = inspect_cache(cache, sample)
     if as_json:
         typer.echo(json.dumps(inspection.to_json(), indent=1))
         return

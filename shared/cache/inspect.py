@@ -1,10 +1,10 @@
-"""`tidecache cache inspect`: what a cache holds, from its manifest and the footers of its files alone.
+"""`tidecache cache inspect`: what a cache holds, gathered; `shared.cache.inspect_text` and `shared.cache.page` show it.
 
-`inspect_cache` gathers the figures, `to_json` gives them to programs and `render` to people: bytes by lane and per
-scored teacher token, and by timestep the teacher's likelihood of the gold, tail mass, calibration, and what rounding
-cost.
+From the manifest and the footers of all files: bytes by lane and per scored teacher token, and by timestep the teacher's
+likelihood of the gold, tail mass, calibration, and what rounding cost. From the rows of a sample (`shared.cache.survey`):
+chunk lengths, coverage, entropy, how often the gold is among the k, and compdemo against plain on the same chunks.
 
-Shapes: B timestep bins, T temperatures.
+Shapes: B timestep bins, E confidence bins, T temperatures.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from shared.cache.manifest import HELD_OUT_FOLDER, FileRecord, Manifest
 from shared.cache.parquet import footer_of, read_metadata
 from shared.cache.reader import Cache
 from shared.cache.remote import Folder
-from shared.cache.statistics import TIMESTEP_BINS, ContextStatistics
+from shared.cache.statistics import CONFIDENCE_BINS, TIMESTEP_BINS, ContextStatistics
+from shared.cache.survey import Survey, length_at, per_chunk, survey_cache
+
+SAMPLE = 16  # document ranges whose rows are read
 
 LANE_OF_COLUMN = {
     "gold_logp": "gold",
@@ -39,32 +39,47 @@ LANE_OF_COLUMN = {
 @dataclass(frozen=True)
 class Inspection:
     """The figures of one cache. `lane_bytes`: compressed bytes by lane, in the order of the table; their sum is that of
-    all data files.
+    all data files. `survey` is None where no row was to be read.
     """
 
     path: Folder
     manifest: Manifest
     lane_bytes: Mapping[str, int]
     statistics: Mapping[str, ContextStatistics]
+    survey: Survey | None
     held_out: Manifest | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; log-likelihoods in nats, bytes as stored."""
+        """Plain JSON values; log-likelihoods in nats, bytes as stored, lengths in bytes and teacher tokens."""
         return {
             "path": str(self.path),
             **{k: v for k, v in self.manifest.to_json().items() if k != "shards"},
             "shards": len(self.manifest.shards),
             "lane_bytes": dict(self.lane_bytes),
-            "timesteps": {context: list(_bins(s, self.manifest)) for context, s in self.statistics.items()},
+            "timesteps": {context: self.timesteps(context) for context in self.statistics},
+            "calibration": {context: calibration(s) for context, s in self.statistics.items()},
+            "sample": None if self.survey is None else _sample(self.survey),
+            "compdemo_against_plain": pairs(self.survey),
             "held_out": None if self.held_out is None else self.held_out.to_json()["totals"],
         }
 
+    def timesteps(self, context: str) -> list[dict[str, Any]]:
+        """One entry per timestep bin with draws; means per chunk or token, None where the lane is missing."""
+        entries = list(_bins(self.statistics[context], self.manifest))
+        topk = "topk" in self.manifest.spec.lanes and self.survey is not None
+        found = list(per_chunk(self.survey.contexts[context])) if self.survey and topk else [None] * TIMESTEP_BINS
+        for entry in entries:
+            sampled = found[round(entry["from"] * TIMESTEP_BINS)]
+            entry["entropy_per_chunk"] = None if sampled is None else list(sampled[:2])
+            entry["gold_among_k"] = None if sampled is None else sampled[2]
+        return entries
 
-def inspect_cache(path: str | Path) -> Inspection:
-    """Gather the figures of a cache; reads no column.
+
+def inspect_cache(path: str | Path, sample: int = SAMPLE) -> Inspection:
+    """Gather the figures of a cache: all footers, and the rows of at most `sample` document ranges (0: no row).
 
     Raises:
-        TidecacheError: no cache there, or a footer cannot be read.
+        TidecacheError: no cache there, or a file is missing or damaged.
     """
     cache = Cache.open(path)
     sizes = _Sizes()
@@ -81,7 +96,7 @@ def inspect_cache(path: str | Path) -> Inspection:
                     statistics[context] = statistics[context] + ContextStatistics.from_json(sums)
     inner = cache.path / HELD_OUT_FOLDER
     held_out = Cache.open(inner).manifest if isinstance(inner, Path) and inner.is_dir() else None
-    return Inspection(cache.path, cache.manifest, sizes.by_lane, statistics, held_out)
+    return Inspection(cache.path, cache.manifest, sizes.by_lane, statistics, survey_cache(cache, sample), held_out)
 
 
 class _Sizes:
@@ -112,7 +127,7 @@ def _lane(column: str) -> str:
 
 
 def _bins(statistics: ContextStatistics, manifest: Manifest) -> Iterator[dict[str, Any]]:
-    """One entry per timestep bin with draws; means per chunk or token, None where the lane is missing."""
+    """What the footers say, one entry per timestep bin with draws."""
     topk = "topk" in manifest.spec.lanes
     calibration_error_B = statistics.calibration_error_B
     for b in range(TIMESTEP_BINS):
@@ -139,138 +154,61 @@ def _mean(sum_T: npt.NDArray[np.float64], chunks: float) -> list[float]:
     return [float(x / chunks) for x in sum_T]
 
 
-# --- for people --------------------------------------------------------------------------------------------------
+def calibration(statistics: ContextStatistics) -> list[dict[str, Any]]:
+    """The reliability curve over all timesteps: one entry per bin of the best filling's probability that has chunks."""
+    entries = []
+    for e in range(CONFIDENCE_BINS):
+        chunks, confidence, hits = (
+            float(a.sum(0)[e]) for a in (statistics.confident_BE, statistics.confidence_BE, statistics.hits_BE)
+        )
+        if chunks:
+            entries.append(
+                {
+                    "from": e / CONFIDENCE_BINS,
+                    "to": (e + 1) / CONFIDENCE_BINS,
+                    "chunks": int(chunks),
+                    "confidence": confidence / chunks,
+                    "best_is_gold": hits / chunks,
+                }
+            )
+    return entries
 
 
-def render(inspection: Inspection, console: Console) -> None:
-    """Print the figures as tables."""
-    manifest = inspection.manifest
-    console.print(_overview(inspection))
-    console.print()
-    if not manifest.shards:
-        console.print("No shard is complete yet: run the capture that began this cache again, it goes on from here.")
-        return
-    console.print(_bytes_table(inspection))
-    console.print()
-    for context, statistics in inspection.statistics.items():
-        console.print(_timestep_table(context, statistics, manifest))
-        console.print()
-    console.print(_legend(inspection), style="dim")
+def pairs(survey: Survey | None) -> list[dict[str, Any]] | None:
+    """compdemo minus plain on the same chunks, an entry per timestep bin with chunks and one for all of them (from 0
+    to 1, last); None where the cache holds one context. The error is a standard error of the mean per chunk.
+    """
+    if survey is None or survey.pair is None:
+        return None
+    width = 1 / TIMESTEP_BINS
+    rows = [(survey.pair, b, b * width, (b + 1) * width) for b in range(TIMESTEP_BINS)]
+    return [
+        {
+            "from": round(low, 6),
+            "to": round(high, 6),
+            "chunks": int(pair.chunks_B[b]),
+            "gain_per_chunk": float(pair.mean_B[b]),
+            "gain_per_token": float(pair.gain_B[b] / pair.tokens_B[b]),
+            "error_per_chunk": float(pair.error_B[b]),
+            "better": float(pair.better_B[b] / pair.chunks_B[b]),
+        }
+        for pair, b, low, high in [*rows, (survey.pair.over_all, 0, 0.0, 1.0)]
+        if pair.chunks_B[b]
+    ]
 
 
-def _legend(inspection: Inspection) -> str:
-    gold = "nats: mean log-likelihood of the gold filling, per teacher token and per chunk."
-    if "topk" not in inspection.manifest.spec.lanes:
-        return gold
-    kl = max((max(entry["stored_kl"]) for entry in _all_bins(inspection) if entry["stored_kl"]), default=0.0)
-    return (
-        f"{gold} best: share of chunks whose most likely filling is the gold. ECE: expected calibration error of the "
-        f"probability of that filling. tail T: probability outside the top k at temperature T. KL from the exact to the "
-        f"stored top-k distribution: {kl:.1e} nats at most in any row."
-    )
-
-
-def _all_bins(inspection: Inspection) -> Iterator[dict[str, Any]]:
-    for statistics in inspection.statistics.values():
-        yield from _bins(statistics, inspection.manifest)
-
-
-def _plain_table(title: str, headings: list[str]) -> Table:
-    """Numbers to the right, light rules, 80 columns."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column(headings[0], no_wrap=True)
-    for heading in headings[1:]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
-def _overview(inspection: Inspection) -> Table:
-    spec, totals = inspection.manifest.spec, inspection.manifest.totals
-    table = Table(title=str(inspection.path), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    students = ", ".join(f"{s.name} (up to {s.length_limit} tokens)" for s in spec.students)
-    temperatures = ", ".join(f"{t:g}" for t in spec.temperatures)
-    layout = f"{spec.teacher.layout}" + (
-        f", blocks of {spec.teacher.block_size}" if spec.teacher.layout != "full" else ""
-    )
-    lanes = "gold, topk" if "topk" in spec.lanes else "gold"
-    dropped = ", ".join(f"{n:,} {reason}" for reason, n in totals.dropped.items())
-    share = totals.draws / totals.documents if totals.documents else 0
-    shards = len(inspection.manifest.shards)
-    rows = {
-        "teacher": f"{spec.teacher.name} ({spec.teacher.architecture}, {layout}, {spec.teacher.dtype})",
-        "students": students,
-        "draws": f"contexts {', '.join(spec.contexts)}; mask law {spec.mask_law}; seed {spec.seed}",
-        "lanes": lanes
-        + (f" (k {spec.k}, temperatures {temperatures}, codec {spec.codec})" if "topk" in spec.lanes else ""),
-        "documents": f"{totals.documents:,} ({totals.cut:,} cut to the length limit; {dropped or 'none'} dropped)",
-        "chunks": f"{totals.chunks:,}",
-        "draws held": f"{totals.draws:,} ({share:.3g} per document); {totals.masked_chunks:,} masked chunks",
-        "scored": f"{totals.scored_tokens:,} teacher tokens in each context",
-        "size": f"{_size(totals.size_bytes)} in {shards:,} {'shard' if shards == 1 else 'shards'}",
-        "held out": _held_out(inspection.held_out),
-        "fingerprint": inspection.manifest.spec.fingerprint,
-        "content": inspection.manifest.content[:32] + "…",
+def _sample(survey: Survey) -> dict[str, Any]:
+    """The survey's figures that have no timestep. A length's last entry stands for all longer ones too."""
+    chunks = int(survey.byte_lengths.sum())
+    return {
+        "document_ranges": survey.ranges_read,
+        "of_document_ranges": survey.ranges_total,
+        "documents": survey.documents,
+        "draws": survey.draws,
+        "chunks": chunks,
+        "coverage": survey.chunk_bytes / survey.trainable_bytes if survey.trainable_bytes else None,
+        "bytes_per_chunk": survey.chunk_bytes / chunks if chunks else None,
+        "median_bytes": length_at(survey.byte_lengths, 0.5) if chunks else None,
+        "chunks_by_bytes": survey.byte_lengths.tolist(),
+        "chunks_by_teacher_tokens": survey.token_lengths.tolist(),
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
-
-
-def _held_out(manifest: Manifest | None) -> str:
-    if manifest is None:
-        return "none"
-    return f"{manifest.totals.documents:,} documents, {manifest.totals.draws:,} draws in the folder {HELD_OUT_FOLDER}"
-
-
-def _bytes_table(inspection: Inspection) -> Table:
-    tokens = inspection.manifest.totals.scored_tokens
-    total = sum(inspection.lane_bytes.values())
-    table = _plain_table("Bytes", ["lane", "bytes", "share", "per scored token"])
-    for lane, size in inspection.lane_bytes.items():
-        table.add_row(lane, f"{size:,}", f"{size / total:.1%}", f"{size / tokens:.2f}" if tokens else "–")
-    table.add_section()
-    table.add_row("all", f"{total:,}", "100.0%", f"{total / tokens:.2f}" if tokens else "–")
-    return table
-
-
-def _timestep_table(context: str, statistics: ContextStatistics, manifest: Manifest) -> Table:
-    spec = manifest.spec
-    topk = "topk" in spec.lanes
-    headings = ["t", "draws", "chunks", "nats/token", "nats/chunk"]
-    if topk:
-        headings += ["best", "ECE", *(f"tail {t:g}" for t in spec.temperatures)]
-    table = _plain_table(f"By timestep, context {context}", headings)
-    for entry in _bins(statistics, manifest):
-        cells = [
-            f"{entry['from']:.1f}–{entry['to']:.1f}",
-            f"{entry['draws']:,}",
-            f"{entry['chunks']:,}",
-            _number(entry["gold_logp_per_token"], ".3f"),
-            _number(entry["gold_logp_per_chunk"], ".3f"),
-        ]
-        if topk:
-            tails = entry["tail_mass"] or [None] * len(spec.temperatures)
-            cells += [_number(entry["best_is_gold"], ".1%"), _number(entry["calibration_error"], ".3f")]
-            cells += [_number(x, ".3f") for x in tails]
-        table.add_row(*cells)
-    return table
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _size(size: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} bytes"

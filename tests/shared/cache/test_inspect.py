@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from shared.cache import open_cache
-from shared.cache.inspect import inspect_cache, render
+from shared.cache.inspect import inspect_cache
+from shared.cache.inspect_text import render
 from shared.cache.records import ShardRange
 from shared.cache.writer import CacheWriter
 from tests.shared.cache import synthetic
@@ -24,9 +25,9 @@ def folder(tmp_path_factory):
     return path
 
 
-def text_of(path, width: int = 80) -> str:
+def text_of(path, width: int = 80, sample: int = 16) -> str:
     stream = io.StringIO()
-    render(inspect_cache(path), Console(file=stream, width=width, highlight=False))
+    render(inspect_cache(path, sample), Console(file=stream, width=width, highlight=False))
     return stream.getvalue()
 
 
@@ -101,8 +102,9 @@ def test_calibration_error_of_a_known_teacher(tmp_path):
     assert row["tail_mass"] == [pytest.approx(0.2, abs=1e-6)]
 
 
-def test_the_tables_fit_80_columns_and_cut_nothing(folder):
-    text = text_of(folder)
+@pytest.mark.parametrize("sample", [16, 0, 1])
+def test_the_tables_fit_80_columns_and_cut_nothing(folder, sample):
+    text = text_of(folder, sample=sample)
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
     tables = text.split("Bytes")[1]
     assert "…" not in tables
@@ -115,6 +117,8 @@ def test_the_tables_fit_80_columns_and_cut_nothing(folder):
         "context plain",
     ):
         assert part in text
+    assert ("of 3 document ranges" in text) == (sample == 1)
+    assert ("Chunk lengths" in text.split("Calibration")[0]) == ("compdemo minus plain" in text) == (sample > 0)
 
 
 def test_without_a_topk_lane(tmp_path):
