@@ -199,7 +199,7 @@ class Capture:
                     for subject in subjects
                     for draw in range(shard.first_draw, shard.draw_stop)
                 )
-                requests = tuple(requests_of(draws, self._spec.teacher.mask_id))
+                requests = tuple(requests_of(self._spec, draws))
                 yield Job(shard, segment.corpus_digest, subjects, dropped, draws, requests)
 
     def _write(self, writer: CacheWriter, part: Part, job: Job, scores: Scores, budget: int) -> None:

@@ -94,9 +94,16 @@ class PlannedDraw:
     timestep: float
     masked_C: BoolArray
     split_C: BoolArray  # True = A; over all chunks
-    passes: tuple[Pass, ...]
-    tail_samples: int = 0
-    seed: int = 0  # of the tail samples' chances
+
+    def passes(self, contexts: Sequence[str]) -> list[Pass]:
+        """The teacher's passes in these contexts, in order; one with nothing to score is left out."""
+        a_C, b_C = self.masked_C & self.split_C, self.masked_C & ~self.split_C
+        return [
+            Pass(context, scored_C)
+            for context in contexts
+            for scored_C in ((b_C, a_C) if context == "compdemo" else (self.masked_C,))
+            if scored_C.any()
+        ]
 
 
 def plan_draw(spec: CaptureSpec, subject: Subject, draw: int) -> PlannedDraw:
@@ -110,35 +117,29 @@ def plan_draw(spec: CaptureSpec, subject: Subject, draw: int) -> PlannedDraw:
         masked_L = noise.mask_tokens(spec.seed, document.key, draw, t, len(student.ids_L))
         masked_C = noise.chunks_with_masked_token(masked_L, *student.token_ranges(chunks))
     split_C = noise.split_chunks(spec.seed, document.key, draw, spec.demo_ratio, len(chunks))
-    passes = [
-        Pass(context, scored_C)
-        for context in spec.contexts
-        for scored_C in ((masked_C & ~split_C, masked_C & split_C) if context == "compdemo" else (masked_C,))
-        if scored_C.any()
-    ]
-    return PlannedDraw(subject, draw, t, masked_C, split_C, tuple(passes), spec.tail_samples, spec.seed)
+    return PlannedDraw(subject, draw, t, masked_C, split_C)
 
 
-def requests_of(draws: Sequence[PlannedDraw], mask_id: int) -> list[ScoreRequest]:
-    """The passes of all draws, in order, as the teacher is asked."""
-    return [_request(draw, scored, mask_id) for draw in draws for scored in draw.passes]
+def requests_of(spec: CaptureSpec, draws: Sequence[PlannedDraw]) -> list[ScoreRequest]:
+    """The passes of all draws in the spec's contexts, in order, as the teacher is asked."""
+    return [_request(spec, draw, scored) for draw in draws for scored in draw.passes(spec.contexts)]
 
 
-def _request(draw: PlannedDraw, scored: Pass, mask_id: int) -> ScoreRequest:
+def _request(spec: CaptureSpec, draw: PlannedDraw, scored: Pass) -> ScoreRequest:
     subject, scored_C = draw.subject, scored.scored_C
     clean_L = subject.document.teacher.ids_L
     position_N = subject.position_N[scored_C[subject.chunk_N]]
     noisy_L = clean_L.copy()
-    noisy_L[position_N] = mask_id
+    noisy_L[position_N] = spec.teacher.mask_id
     chance_N = None
-    if draw.tail_samples:
-        key = noise.stream_key(draw.seed, subject.document.key, f"tail-{scored.context}", draw.draw)
+    if spec.tail_samples:
+        key = noise.stream_key(spec.seed, subject.document.key, f"tail-{scored.context}", draw.draw)
         chance_N = noise.uniforms(key, len(subject.chunk_N))[scored_C[subject.chunk_N]]
-    return ScoreRequest(noisy_L, position_N, clean_L[position_N], clean_L, chance_N, draw.tail_samples)
+    return ScoreRequest(noisy_L, position_N, clean_L[position_N], clean_L, chance_N, spec.tail_samples)
 
 
 def records_of(spec: CaptureSpec, draws: Sequence[PlannedDraw], scores: Scores) -> list[DrawRecord]:
-    """Put the passes' scores (those of `requests_of`, in that order) back together, context by context."""
+    """Put the passes' scores (those of `requests_of` with the same spec, in that order) back together by context."""
     contexts = {context: _context_scores(spec, context, draws, scores) for context in spec.contexts}
     return [
         DrawRecord(
@@ -157,7 +158,7 @@ def _context_scores(
     spec: CaptureSpec, context: str, draws: Sequence[PlannedDraw], scores: Scores
 ) -> Iterator[ContextScores]:
     """Each draw's scores in one context; the work is done for all draws at once."""
-    row_N = _rows(context, draws)
+    row_N = _rows(spec, context, draws)
     counts = [draw.subject.token_count_C[draw.masked_C] for draw in draws]
     chunks_D = np.array([len(count_M) for count_M in counts])
     count_M = np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
@@ -192,14 +193,14 @@ def _context_scores(
         )
 
 
-def _rows(context: str, draws: Sequence[PlannedDraw]) -> IntArray:
+def _rows(spec: CaptureSpec, context: str, draws: Sequence[PlannedDraw]) -> IntArray:
     """For each scored token of the draws, in their order and that of the document: its row in the scores."""
     parts = []
     first = 0
     for draw in draws:
         chunk_N = draw.subject.chunk_N[draw.masked_C[draw.subject.chunk_N]]
         row_N = np.full(len(chunk_N), -1, dtype=np.int64)
-        for scored in draw.passes:
+        for scored in draw.passes(spec.contexts):
             asked_N = scored.scored_C[chunk_N]
             count = int(asked_N.sum())
             if scored.context == context:

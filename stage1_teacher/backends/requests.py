@@ -8,6 +8,7 @@ Shapes: L tokens of one request, N scored positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,6 +51,24 @@ def as_ids(values: Any) -> Ids:
     if hasattr(values, "cpu"):
         values = values.cpu().numpy()
     return np.asarray(values, dtype=np.int64).reshape(-1)
+
+
+def tail_samples(requests: Sequence[ScoreRequest], teacher: Limits) -> int:
+    """How many tail samples each position gets: one number for all requests of a call.
+
+    Raises:
+        TidecacheError: the requests differ in it, or one has no chance for each of its positions.
+    """
+    wanted = requests[0].tail_samples if requests else 0
+    for number, request in enumerate(requests):
+        chances = 0 if request.tail_chances is None else len(request.tail_chances)
+        expected = len(as_ids(request.positions)) if wanted else 0
+        if request.tail_samples != wanted or chances != expected:
+            raise TidecacheError(
+                f"request {number} to the teacher {teacher.name}: expected {wanted} tail samples per position, as in "
+                f"request 0, and {expected} chances for them; found {request.tail_samples} and {chances}"
+            )
+    return wanted
 
 
 def checked(number: int, request: ScoreRequest, teacher: Limits, rows: int, needs_clean: bool) -> Arrays:

@@ -27,7 +27,7 @@ from stage1_teacher.architectures.loading import DTYPES, load_model
 from stage1_teacher.architectures.memory import ran_out_of_memory
 from stage1_teacher.architectures.tokenizers import has_tokenizer, teacher_tokenizer
 from stage1_teacher.backends import OutOfDeviceMemoryError, ScoreRequest, Scores, ScoresWithTail
-from stage1_teacher.backends.requests import Arrays, checked
+from stage1_teacher.backends.requests import Arrays, checked, tail_samples
 from stage1_teacher.head import Head
 from stage1_teacher.layouts import Layout, find_layout
 from stage1_teacher.packing import Row, attend, plan_batches, prefix_agrees, reduce_row, run_rows
@@ -104,7 +104,7 @@ class TransformersTeacher:
         """See `stage1_teacher.backends.Teacher.score`."""
         if not 1 <= k <= self.vocabulary:
             raise TidecacheError(f"k: expected between 1 and the teacher's {self.vocabulary} tokens, found {k}")
-        samples = max((request.tail_samples for request in requests), default=0)
+        samples = tail_samples(requests, self)
         if samples and k == self.vocabulary:
             raise TidecacheError(f"tail_samples: with k = {k}, all the teacher's tokens, there is no tail to sample")
         arrays = [

@@ -66,7 +66,7 @@ def online(cache: Cache, stored: list[Draw]) -> list[Draw]:
         assert document.key == draw.document
         planned.append(plan_draw(cache.spec, Subject(draw.stored.position, document), draw.draw))
         assert np.array_equal(np.flatnonzero(planned[-1].masked_C), draw.chunks)
-    scores = teacher.score(requests_of(planned, cache.spec.teacher.mask_id), cache.spec.k)
+    scores = teacher.score(requests_of(cache.spec, planned), cache.spec.k)
     records = records_of(cache.spec, planned, scores)
     return [dataclasses.replace(d, scores=r.contexts) for d, r in zip(stored, records, strict=True)]
 

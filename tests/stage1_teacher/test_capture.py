@@ -109,7 +109,7 @@ def test_what_is_stored_is_what_the_teacher_says(teacher: Teacher, corpus: str, 
         document = prepared(found.stored.messages[0].content)
         assert document.key == found.document
         planned = plan_draw(SPEC, Subject(0, document), draw)
-        (expected,) = records_of(SPEC, [planned], teacher.score(requests_of([planned], SPEC.teacher.mask_id), SPEC.k))
+        (expected,) = records_of(SPEC, [planned], teacher.score(requests_of(SPEC, [planned]), SPEC.k))
         assert np.array_equal(np.flatnonzero(expected.masked_C), found.chunks)
         for context in SPEC.contexts:
             a, b = expected.contexts[context], found.scores[context]

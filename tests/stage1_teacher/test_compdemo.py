@@ -34,8 +34,10 @@ def test_passes_show_one_half_and_score_the_other(draw: int, which: int) -> None
     clean = subject.document.teacher.ids_L
     a, b = planned.masked_C & planned.split_C, planned.masked_C & ~planned.split_C
     expected = [(x, s) for x, s in (("compdemo", b), ("compdemo", a), ("plain", planned.masked_C)) if s.any()]
-    assert [(p.context, p.scored_C.tolist()) for p in planned.passes] == [(x, s.tolist()) for x, s in expected]
-    for request, (_, scored) in zip(requests_of([planned], MASK), expected, strict=True):
+    assert [(p.context, p.scored_C.tolist()) for p in planned.passes(SPEC.contexts)] == [
+        (x, s.tolist()) for x, s in expected
+    ]
+    for request, (_, scored) in zip(requests_of(SPEC, [planned]), expected, strict=True):
         hidden = masked_tokens(planned, scored)
         assert list(request.positions) == hidden
         assert np.flatnonzero(np.asarray(request.token_ids) == MASK).tolist() == hidden
@@ -79,7 +81,7 @@ def test_scores_come_back_to_their_chunks() -> None:
     """Against a search by hand: each masked chunk's tokens as its own pass saw them, in both contexts."""
     teacher = HashTeacher(SPEC.teacher.vocabulary)
     draws = [plan_draw(SPEC, subject, draw) for subject in SUBJECTS[:3] for draw in (5, 0, 3)]
-    records = records_of(SPEC, draws, teacher.score(requests_of(draws, MASK), SPEC.k))
+    records = records_of(SPEC, draws, teacher.score(requests_of(SPEC, draws), SPEC.k))
     assert [(r.position, r.draw) for r in records] == [(7 + i, d) for i in range(3) for d in (5, 0, 3)]
     lengths = {len(r) for d in draws for r in chunk_tokens(d.subject.document)}
     assert min(lengths) == 1
@@ -87,9 +89,13 @@ def test_scores_come_back_to_their_chunks() -> None:
     for planned, record in zip(draws, records, strict=True):
         assert np.array_equal(record.masked_C, planned.masked_C)
         assert np.array_equal(record.split_M, planned.split_C[planned.masked_C])
-        requests = requests_of([planned], MASK)
+        requests = requests_of(SPEC, [planned])
         for context in SPEC.contexts:
-            passes = [(r, p.scored_C) for r, p in zip(requests, planned.passes, strict=True) if p.context == context]
+            passes = [
+                (r, p.scored_C)
+                for r, p in zip(requests, planned.passes(SPEC.contexts), strict=True)
+                if p.context == context
+            ]
             scores = record.contexts[context]
             token = 0
             for m, c in enumerate(np.flatnonzero(planned.masked_C)):
@@ -116,7 +122,7 @@ def test_scores_come_back_to_their_chunks() -> None:
 def test_a_cache_of_gold_alone() -> None:
     spec = make_spec(lanes=("gold",))
     draws = [plan_draw(spec, subject, draw) for subject in SUBJECTS for draw in range(2)]
-    records = records_of(spec, draws, HashTeacher(spec.teacher.vocabulary).score(requests_of(draws, MASK), 1))
+    records = records_of(spec, draws, HashTeacher(spec.teacher.vocabulary).score(requests_of(spec, draws), 1))
     for planned, record in zip(draws, records, strict=True):
         scores = record.contexts["compdemo"]
         assert scores.topk_ids is scores.topk_logp_MK is scores.log_z_MT is None
@@ -131,10 +137,10 @@ def test_draws_with_nothing_masked() -> None:
     single = [d for d in draws if d.masked_C.sum() == 1]
     assert empty
     assert single
-    assert all(d.passes == () for d in empty)
-    assert all(len(d.passes) == 2 for d in single)  # one of compdemo, one plain
+    assert all(d.passes(SPEC.contexts) == [] for d in empty)
+    assert all(len(d.passes(SPEC.contexts)) == 2 for d in single)  # one of compdemo, one plain
     records = records_of(
-        SPEC, [empty[0], single[0]], HashTeacher(8192).score(requests_of([empty[0], single[0]], MASK), 4)
+        SPEC, [empty[0], single[0]], HashTeacher(8192).score(requests_of(SPEC, [empty[0], single[0]]), 4)
     )
     assert records[0].contexts["plain"].gold_logp_N.shape == (0,)
     assert records[0].contexts["compdemo"].topk_logp_MK.shape == (0, 4)
@@ -150,7 +156,7 @@ def test_position_0_is_no_chunk_under_a_logit_shift() -> None:
     assert chunk_tokens(shorter) == chunk_tokens(document)[1:]
     spec = make_spec(logit_shift=True)
     for draw in range(20):
-        for request in requests_of([plan_draw(spec, Subject(0, shorter), draw)], MASK):
+        for request in requests_of(spec, [plan_draw(spec, Subject(0, shorter), draw)]):
             assert min(request.positions) > 0
             assert request.token_ids[0] == document.teacher.ids_L[0]
 

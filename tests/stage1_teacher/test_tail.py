@@ -71,6 +71,19 @@ def test_no_tail_beyond_all_tokens(folder: Path) -> None:
         teacher.score([request], 300)
 
 
+def test_requests_that_disagree_about_samples_are_refused(folder: Path) -> None:
+    """One call, one number: else rows without samples would come back with memory's leftovers."""
+    teacher = load(folder)
+    first, second = random_requests(np.random.default_rng(2), (6, 7))
+    wants = dataclasses.replace(first, tail_chances=np.zeros(len(first.positions)), tail_samples=2)
+    with pytest.raises(TidecacheError, match=r"request 1 .*expected 2 tail samples .*found 0 and 0"):
+        teacher.score([wants, second], K)
+    with pytest.raises(TidecacheError, match=r"request 1 .*expected 0 tail samples .*found 2"):
+        teacher.score([second, wants], K)
+    with pytest.raises(TidecacheError, match=r"request 0 .*chances for them; found 2 and 0"):
+        teacher.score([dataclasses.replace(wants, tail_chances=None)], K)
+
+
 def test_vllm_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(TidecacheError, match=r"only the backend transformers samples the tail, found --backend vllm"):
         Draft.of(CaptureOptions(tail_samples=4, backend="vllm"))
