@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from shared.embedded import EMBEDDED, embedded_or
 from shared.errors import TidecacheError
 from stage2_student import commands_use
-from stage2_student.config import EMBEDDED, embedded_or
 
 app = typer.Typer(no_args_is_help=True, help="Stage 2: train students from a cache, and measure them.")
 

@@ -22,7 +22,6 @@ from typing import Any
 from shared.errors import TidecacheError
 from shared.spec import CONTEXTS, CaptureSpec
 
-EMBEDDED = "tiny"  # the base and checkpoint that come with the project
 METADATA_FILE = "tidecache.json"  # beside a student's weights
 OBJECTIVES = ("none", "calm", "reverse-calm", "kl", "reverse-kl")
 EVENT_OBJECTIVES = ("kl", "reverse-kl")
@@ -197,11 +196,6 @@ def resolve(values: Mapping[str, Any], source: str) -> TrainConfig:
             raise TidecacheError(f"{source}: {name}: expected {expected}, found {value!r}")
         checked[name] = value
     return TrainConfig(**checked)
-
-
-def embedded_or(name: str) -> str:
-    """`tiny` is the embedded base, unless there is a folder of that name; anything else stays as it is."""
-    return str(Path(__file__).resolve().parent / EMBEDDED) if name == EMBEDDED and not Path(name).is_dir() else name
 
 
 def recipe_names() -> list[str]:

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from shared.documents import Message
+from shared.embedded import embedded_or
 from shared.errors import TidecacheError
 from shared.tokenization import IrreproducibleText, TextTokenizer
-from stage2_student.config import embedded_or
 from stage2_student.model import Student, load_student
 from stage2_student.sampler import Sampler
 

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import typer
 
+from shared.cache import commands_tools
 from shared.errors import TidecacheError
 
-app = typer.Typer(help="Look into a cache and check it.", no_args_is_help=True, rich_markup_mode="rich")
+app = typer.Typer(
+    help="Look into a cache, check it, and make others of it.", no_args_is_help=True, rich_markup_mode="rich"
+)
 
 CachePath = typer.Argument(help="The cache's folder.", metavar="CACHE")
 
 
 @app.callback()
 def group() -> None:
-    """Look into a cache and check it."""
+    """Look into a cache, check it, and make others of it."""
 
 
 @app.command()
@@ -60,3 +63,6 @@ def verify(cache: Path = CachePath) -> None:
     if report.problems:
         raise TidecacheError(f"{cache}: {len(report.problems)} problems found, see above")
     typer.echo(f"{cache}: {report.files} files, {report.size_bytes:,} bytes, {report.draws:,} draws: all in order")
+
+
+commands_tools.register(app)

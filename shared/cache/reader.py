@@ -89,7 +89,7 @@ class Cache:
         """
         documents = self.read_documents(index)
         table = self._likelihoods(index, self.spec, (min_timestep, max_timestep))
-        return Shard(documents, self._draws(index, table, self.spec, documents, self._known(context)))
+        return Shard(documents, self._draws(index, table, self.spec, documents, self.known_context(context)))
 
     def read_rows(self, index: int, wanted_R: BoolArray, context: str | None = None, topk: bool = True) -> list[Draw]:
         """The draws of shard `index` whose row is wanted, in order, with the scores of one context; of the others
@@ -98,7 +98,7 @@ class Cache:
         Raises:
             TidecacheError: as `read_shard`.
         """
-        context = self._known(context)
+        context = self.known_context(context)
         spec = replace(self.spec, contexts=(context,))
         if not topk:
             spec = replace(spec, lanes=("gold",), tail_samples=0)
@@ -147,7 +147,7 @@ class Cache:
         Raises:
             TidecacheError: as `read_shard`.
         """
-        context = self._known(context)
+        context = self.known_context(context)
         keys = None if documents is None else frozenset(documents)
         selection = Selection(min_timestep, max_timestep, keys, names)
         for group in self._groups():
@@ -175,7 +175,12 @@ class Cache:
             stop = max(stop, receipt.range.document_stop)
         return groups
 
-    def _known(self, context: str | None) -> str:
+    def known_context(self, context: str | None) -> str:
+        """The context asked for, or the default one.
+
+        Raises:
+            TidecacheError: the cache does not hold it.
+        """
         context = context or self.default_context
         if context not in self.spec.contexts:
             raise TidecacheError(
