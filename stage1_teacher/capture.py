@@ -1,7 +1,7 @@
 """The capture driver: corpus → documents → draws → teacher → shards, resumable at any instant (DESIGN §1, §7).
 
-Documents are prepared, scored and written shard by shard (`stage1_teacher.pipeline`). A shard is complete or absent, so
-whatever stops a capture, the same command goes on from the last complete shard.
+Documents are prepared and scored shard by shard by an engine (`stage1_teacher.shards`), and each shard is committed here.
+A shard is complete or absent, so whatever stops a capture, the same command goes on from the last complete shard.
 
 What a shard holds is decided by its documents and the spec alone: draws are counter-based, and teacher batches are made
 within one shard. The held-out slice of the corpus is a cache of its own with the same spec, in `held-out` beside the
@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,15 +24,14 @@ from shared.cache.manifest import HELD_OUT_FOLDER, Manifest
 from shared.cache.vocabulary import TeacherVocabulary
 from shared.cache.writer import CacheWriter
 from shared.corpus import deduplicated, held_out_rule, in_held_out, open_corpus
-from shared.documents import Dropped, RawDocument
+from shared.documents import RawDocument
 from shared.errors import TidecacheError
-from shared.preparation import NO_BOUNDARY, Limits, Preparer
+from shared.preparation import NO_BOUNDARY
 from shared.spec import CaptureSpec
 from shared.tokenization import TextTokenizer
-from stage1_teacher.backends import Scores, Teacher
-from stage1_teacher.compdemo import Subject, plan_draw, records_of, requests_of, without_unpredictable
-from stage1_teacher.pipeline import Job, Pipeline, Timing, Watcher
+from stage1_teacher.pipeline import Timing, Watcher
 from stage1_teacher.planning import WHOLE, Segment, ShardPart, segments
+from stage1_teacher.shards import Engine, FinishedShard
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,13 @@ class Part:
     tokens_scored: int = 0  # over all contexts
     examples: dict[str, str] = field(default_factory=dict)
 
-    def add(self, job: Job) -> None:
+    def add(self, shard: FinishedShard) -> None:
         """Count a shard that this run has written."""
         self.shards_written += 1
-        self.chunks_scored += job.chunks
-        self.tokens_scored += job.positions
+        self.chunks_scored += shard.chunks
+        self.tokens_scored += shard.tokens
+        for d in shard.dropped:
+            self.examples.setdefault(d.reason, f"{d.name}: {d.detail}")
 
     def to_json(self) -> dict[str, Any]:
         """The numbers, for --json: `totals` of the whole cache, `run` of this run."""
@@ -110,29 +111,23 @@ class Report:
 
 
 class Capture:
-    """One capture into one folder; `run` does it.
-
-    `tokenizer` is the teacher's, `students` the declared ones in the order of the spec.
-    """
+    """One capture into one folder; `run` does it. `engine` has the teacher, and `tokenizer` is the teacher's."""
 
     def __init__(
         self,
-        teacher: Teacher,
+        engine: Engine,
         tokenizer: TextTokenizer,
-        students: Sequence[TextTokenizer],
         spec: CaptureSpec,
         extent: Extent,
         folder: Path,
         watcher: Watcher,
     ) -> None:
+        self._engine = engine
         self._spec = spec
         self._extent = extent
         self._folder = folder
         self._watcher = watcher
-        limits = Limits(spec.length_limit, tuple(s.length_limit for s in spec.students))
-        self._preparer = Preparer(tokenizer, students, limits, spec.normal_form)
         self._vocabulary = TeacherVocabulary(tokenizer.name, tokenizer.digest, tokenizer.token_bytes, tokenizer.special)
-        self._pipeline = Pipeline(teacher, spec.k if "topk" in spec.lanes else 1, watcher)
 
     def run(self) -> Report:
         """Capture what is missing, training documents first.
@@ -150,7 +145,7 @@ class Capture:
         held_out = None
         if self._spec.held_out != "none":
             held_out = self._slice(self._folder / HELD_OUT_FOLDER, held_out=True)
-        return Report(self._spec, train, held_out, time.monotonic() - begin, self._pipeline.timing)
+        return Report(self._spec, train, held_out, time.monotonic() - begin, self._engine.timing)
 
     def _slice(self, folder: Path, held_out: bool) -> Part | None:
         stream = self._extent.stream(self._spec, held_out)
@@ -168,7 +163,7 @@ class Capture:
             self._extent.part,
         )
         try:
-            self._pipeline.run(self._jobs(todo, part), partial(self._write, writer, part))
+            self._engine.run(self._missing(todo, part), partial(self._commit, writer, part), self._watcher)
         except BaseException:  # interrupted, or an error: what is complete is entered in the manifest all the same
             with contextlib.suppress(TidecacheError):
                 writer.finish()
@@ -177,41 +172,18 @@ class Capture:
         _refuse_nothing_captured(part, self._spec)
         return part
 
-    def _jobs(self, todo: Iterator[Segment], part: Part) -> Iterator[Job]:
-        """Prepare the documents of each segment that lacks draws, and plan these."""
+    def _missing(self, todo: Iterator[Segment], part: Part) -> Iterator[Segment]:
+        """The segments that lack draws; all are counted."""
         for segment in todo:
             part.documents_seen += len(segment.documents)
-            if not segment.missing:
+            if segment.missing:
+                yield segment
+            else:
                 self._watcher.skipped(len(segment.documents))
-                continue
-            prepared = [
-                without_unpredictable(d, self._spec.teacher.logit_shift)
-                for d in self._preparer.prepare_many(segment.documents)
-            ]
-            numbered = list(enumerate(prepared, segment.first))
-            subjects = tuple(Subject(position, d) for position, d in numbered if not isinstance(d, Dropped))
-            dropped = tuple((position, d) for position, d in numbered if isinstance(d, Dropped))
-            for _, d in dropped:
-                part.examples.setdefault(d.reason, f"{d.name}: {d.detail}")
-            for shard in segment.shards:
-                draws = tuple(
-                    plan_draw(self._spec, subject, draw)
-                    for subject in subjects
-                    for draw in range(shard.first_draw, shard.draw_stop)
-                )
-                requests = tuple(requests_of(self._spec, draws))
-                yield Job(shard, segment.corpus_digest, subjects, dropped, draws, requests)
 
-    def _write(self, writer: CacheWriter, part: Part, job: Job, scores: Scores, budget: int) -> None:
-        receipt = writer.write_shard(
-            job.shard,
-            [(subject.position, subject.document) for subject in job.subjects],
-            job.dropped,
-            records_of(self._spec, job.draws, scores),
-            job.corpus_digest,
-            budget,
-        )
-        part.add(job)
+    def _commit(self, writer: CacheWriter, part: Part, shard: FinishedShard) -> None:
+        receipt = writer.commit(shard.encoded)
+        part.add(shard)
         self._watcher.written(receipt)
 
 

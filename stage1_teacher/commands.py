@@ -50,17 +50,19 @@ def capture(
     from stage1_teacher.capture import Capture
     from stage1_teacher.draft import Draft
     from stage1_teacher.progress import CaptureProgress, show_report
+    from stage1_teacher.shards import LocalEngine, ShardMaker
 
     console = Console()
     draft = Draft.of(options)
     teacher, spec = draft.load()
+    engine = LocalEngine(teacher, ShardMaker(spec, draft.tokenizer, draft.students))
     folder = draft.folder(spec)
     _show_plan(console, spec, draft.extent, folder, draft.preset)
     stop = threading.Event()
     with CaptureProgress(console) as progress, ThreadPoolExecutor(1, "count") as counting:
         counting.submit(_expect, progress, draft.extent, spec, stop)
         try:
-            report = Capture(teacher, draft.tokenizer, draft.students, spec, draft.extent, folder, progress).run()
+            report = Capture(engine, draft.tokenizer, spec, draft.extent, folder, progress).run()
         except KeyboardInterrupt:
             stop.set()
             console.print(

@@ -84,13 +84,13 @@ class Job:
 
 
 class Pipeline:
-    """A teacher, the number of candidates `k` that it is asked for, and who hears of it; `timing` adds up all runs."""
+    """A teacher, the number of candidates `k` that it is asked for, and who hears of it; runs add to `timing`."""
 
-    def __init__(self, teacher: Teacher, k: int, watcher: Watcher) -> None:
+    def __init__(self, teacher: Teacher, k: int, watcher: Watcher, timing: Timing | None = None) -> None:
         self._teacher = teacher
         self._k = k
         self._watcher = watcher
-        self.timing = Timing()
+        self.timing = timing or Timing()
 
     def run(self, jobs: Iterator[Job], write: Callable[[Job, Scores, int], None]) -> None:
         """Score every job and hand it to `write` with the batch budget that it was scored with, in order.
@@ -113,7 +113,7 @@ class Pipeline:
                 documents = job.shard.document_stop - job.shard.first_document
                 self._watcher.begun(documents, job.chunks, job.positions)
                 with self.timing.measure("teacher"):
-                    scores, budget = self._score(job)
+                    scores, budget = score_shard(self._teacher, self._k, job, self._watcher)
                 if last is not None:
                     with self.timing.measure("writing"):
                         last.result()
@@ -122,27 +122,31 @@ class Pipeline:
                 with self.timing.measure("writing"):
                     last.result()
 
-    def _score(self, job: Job) -> tuple[Scores, int]:
-        """The shard's scores and the batch budget that they were made with: halved until the device can do it."""
-        wanted = self._teacher.batch_tokens
-        longest = max((len(request.token_ids) for request in job.requests), default=0)
-        try:
-            while True:
-                done: list[int] = []
 
-                def heard(positions: int, done: list[int] = done) -> None:
-                    done.append(positions)
-                    self._watcher.scored(positions)
+def score_shard(teacher: Teacher, k: int, job: Job, watcher: Watcher) -> tuple[Scores, int]:
+    """The shard's scores and the batch budget that they were made with: halved until the device can do it.
 
-                try:
-                    return self._teacher.score(job.requests, self._k, heard), self._teacher.batch_tokens
-                except OutOfDeviceMemoryError:
-                    if self._teacher.batch_tokens <= longest:
-                        raise
-                    self._watcher.scored(-sum(done))
-                    self._teacher.batch_tokens //= 2
-                    self._watcher.narrowed(self._teacher.batch_tokens)
-        finally:
-            # The next shard starts from the spec's budget again: what a shard is made with depends on nothing before
-            # it.
-            self._teacher.batch_tokens = wanted
+    Raises:
+        TidecacheError: the teacher's, such as a device too small for the longest sequence alone.
+    """
+    wanted = teacher.batch_tokens
+    longest = max((len(request.token_ids) for request in job.requests), default=0)
+    try:
+        while True:
+            done: list[int] = []
+
+            def heard(positions: int, done: list[int] = done) -> None:
+                done.append(positions)
+                watcher.scored(positions)
+
+            try:
+                return teacher.score(job.requests, k, heard), teacher.batch_tokens
+            except OutOfDeviceMemoryError:
+                if teacher.batch_tokens <= longest:
+                    raise
+                watcher.scored(-sum(done))
+                teacher.batch_tokens //= 2
+                watcher.narrowed(teacher.batch_tokens)
+    finally:
+        # The next shard starts from the spec's budget again: what a shard is made with depends on nothing before it.
+        teacher.batch_tokens = wanted

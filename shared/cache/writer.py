@@ -8,14 +8,14 @@ alone, so the later of two equal shards changes nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from shared.cache import files, format
+from shared.cache.encoding import EncodedShard, encode_shard
 from shared.cache.manifest import (
     HELD_OUT_FOLDER,
     MANIFEST_FILE,
@@ -30,8 +30,7 @@ from shared.cache.manifest import (
     write_receipt,
 )
 from shared.cache.parquet import encode, footer_of, open_parquet
-from shared.cache.records import ContextScores, DrawRecord, ShardRange, StoredDocument
-from shared.cache.statistics import count_shard, shard_statistics
+from shared.cache.records import DrawRecord, ShardRange
 from shared.cache.vocabulary import VOCABULARY_FILE, TeacherVocabulary
 from shared.documents import Dropped, PreparedDocument
 from shared.errors import TidecacheError
@@ -39,7 +38,6 @@ from shared.spec import FORMAT_VERSION, CaptureSpec, differences
 
 MANIFEST_SHARE = 0.05  # at most this share of the time goes into writing the manifest again after each shard
 COMMIT_ATTEMPTS = 5
-MAX_SHARD_BYTES = 64_000_000  # a shard is read whole (DESIGN §2)
 
 
 class CacheWriter:
@@ -113,16 +111,22 @@ class CacheWriter:
         corpus_digest: str,
         batch_tokens: int,
     ) -> Receipt:
-        """Commit one shard: `documents` and `dropped` with their positions, every draw of the range for every document.
-
-        A shard that is there already stays as it is. The statistics of the footer are computed here.
+        """`encode_shard` and `commit` in one.
 
         Raises:
-            TidecacheError: NaN or positive log-likelihoods, a full disk, a shard above `MAX_SHARD_BYTES` or overlapping
-                another, or documents that differ from those stored at these positions.
+            TidecacheError: what either raises.
             ValueError: records that do not fit their documents or the range (a defect of the caller).
         """
-        completed = self.completed
+        return self.commit(encode_shard(self.spec, shard, documents, dropped, draws, corpus_digest, batch_tokens))
+
+    def commit(self, encoded: EncodedShard) -> Receipt:
+        """Write an encoded shard. One that is there already stays as it is.
+
+        Raises:
+            TidecacheError: a full disk, a shard overlapping another, or documents that differ from those stored at these
+                positions.
+        """
+        shard, completed = encoded.receipt.range, self.completed
         for receipt in completed:
             if receipt.range == shard:
                 return receipt
@@ -132,22 +136,12 @@ class CacheWriter:
                     f"process works here with another --documents-per-shard; stop one of the two and run the capture "
                     f"again"
                 )
-        stored = [format.stored_document(p, d) for p, d in sorted(documents, key=lambda item: item[0])]
-        rows = _rows(self.spec, shard, stored, draws)
-        documents_file = self._documents_file(shard, stored, sorted(dropped, key=lambda item: item[0]), completed)
-        likelihoods_file, content = self._likelihoods_file(shard, rows, batch_tokens)
-        receipt = Receipt(
-            range=shard,
-            fingerprint=self.spec.fingerprint,
-            corpus=corpus_digest,
-            batch_tokens=batch_tokens,
-            documents=documents_file[0],
-            likelihoods=(likelihoods_file[0],),
-            counts=count_shard(stored, dropped, [(d, r.timestep, r.masked_C) for d, r in rows]),
-            content=content,
-        )
-        _refuse_large(shard, len(stored), documents_file[0].size_bytes + likelihoods_file[0].size_bytes)
-        self._commit(receipt, [documents_file, likelihoods_file])
+        receipt, data = encoded.receipt, list(encoded.files)
+        stored = self._stored_documents(encoded, completed)
+        if stored is not None:
+            receipt = dataclasses.replace(receipt, documents=stored)
+            data = [(record, content) for record, content in data if record.path != stored.path]
+        self._commit(receipt, data)
         if time.monotonic() - self._manifest_written > self._manifest_seconds / MANIFEST_SHARE:
             self.finish()
         return receipt
@@ -168,78 +162,29 @@ class CacheWriter:
         self._manifest_seconds = self._manifest_written - begin
         return manifest
 
-    def _documents_file(
-        self,
-        shard: ShardRange,
-        documents: Sequence[StoredDocument],
-        dropped: Sequence[tuple[int, Dropped]],
-        completed: Sequence[Receipt],
-    ) -> tuple[FileRecord, bytes]:
-        """The documents file of the range; bytes are empty where another draw range has written it already."""
-        path = f"{SHARDS_FOLDER}/{shard.documents_name}.documents.parquet"
-        content = format.sum_digests([int.from_bytes(format.document_digest(d), "little") for d in documents])
-        table = format.documents_table(documents)
-        reasons = [[position, d.key, d.name, d.reason, d.detail] for position, d in dropped]
-        data = encode(table, {**self._footer(shard), "content": content, "dropped": reasons})
-        record = FileRecord.of(path, data, len(documents), table.column_names)
+    def _stored_documents(self, encoded: EncodedShard, completed: Sequence[Receipt]) -> FileRecord | None:
+        """The documents file of the range where another draw range has written it already."""
+        ours = encoded.receipt.documents
         for receipt in completed:
-            if receipt.documents.path != path:
+            if receipt.documents.path != ours.path:
                 continue
-            if receipt.documents.digest != record.digest:  # other bytes: another pyarrow, or other documents?
+            if receipt.documents.digest != ours.digest:  # other bytes: another pyarrow, or other documents?
                 theirs = footer_of(open_parquet(self.folder, receipt.documents).metadata.metadata)
-                if theirs.get("content") != content:
+                if theirs.get("content") != encoded.documents_content:
                     raise TidecacheError(
-                        f"{self.folder / path}: the documents stored at positions {shard.documents_name} differ from "
-                        f"those of this corpus: give the corpus that the cache was captured from, or another --out"
+                        f"{self.folder / ours.path}: the documents stored at positions {receipt.range.documents_name} differ "
+                        f"from those of this corpus: give the corpus that the cache was captured from, or another --out"
                     )
-            return receipt.documents, b""
-        return record, data
-
-    def _likelihoods_file(
-        self, shard: ShardRange, rows: Sequence[tuple[StoredDocument, DrawRecord]], batch_tokens: int
-    ) -> tuple[tuple[FileRecord, bytes], str]:
-        """((record, bytes), the sum of the rows' digests)."""
-        scores = [{x: format.stored_scores(self.spec, r.contexts[x]) for x in self.spec.contexts} for _, r in rows]
-        statistics = shard_statistics(self.spec, rows, scores)
-        rounded = [
-            (d, DrawRecord(r.position, r.draw, r.timestep, r.masked_C, r.split_M, s))
-            for (d, r), s in zip(rows, scores, strict=True)
-        ]
-        table = format.likelihoods_table(self.spec, rounded)
-        digests = {d.key: format.document_digest(d) for d, _ in rows}
-        content = format.sum_digests(
-            [
-                format.draw_digest(self.spec, digests[d.key], r.draw, r.timestep, r.masked_C, r.split_M, r.contexts)
-                for d, r in rounded
-            ]
-        )
-        metadata = {
-            **self._footer(shard),
-            "draws": [shard.first_draw, shard.draw_stop],
-            "batch_tokens": batch_tokens,
-            "statistics": {context: s.to_json() for context, s in statistics.items()},
-        }
-        data = encode(table, metadata)
-        path = f"{SHARDS_FOLDER}/{shard.name}.likelihoods.parquet"
-        return (FileRecord.of(path, data, len(rows), table.column_names), data), content
-
-    def _footer(self, shard: ShardRange) -> dict[str, object]:
-        """What both data files say in their footers."""
-        return {
-            "format": FORMAT_VERSION,
-            "spec": self.spec.to_json(),
-            "fingerprint": self.spec.fingerprint,
-            "documents": [shard.first_document, shard.document_stop],
-        }
+            return receipt.documents
+        return None
 
     def _commit(self, receipt: Receipt, data: Sequence[tuple[FileRecord, bytes]]) -> None:
         """Data files, then the receipt; then look whether another process has put its own files there meanwhile."""
         for _ in range(COMMIT_ATTEMPTS):
             for record, content in data:
-                if content:
-                    files.write(self.folder, record.path, content)
+                files.write(self.folder, record.path, content)
             write_receipt(self.folder, receipt)
-            if all(_is_intact(self.folder, record) for record, content in data if content):
+            if all(_is_intact(self.folder, record) for record, _ in data):
                 return
         raise TidecacheError(
             f"{self.folder / receipt.path}: another process writes other values for the same shard at the same time: "
@@ -266,82 +211,4 @@ def _refuse_foreign_folder(root: Path) -> None:
         raise TidecacheError(
             f"{root}: expected a cache or an empty folder, found {others[0]!r} and no {MANIFEST_FILE}: "
             f"give another --out"
-        )
-
-
-def _rows(
-    spec: CaptureSpec, shard: ShardRange, documents: Sequence[StoredDocument], draws: Sequence[DrawRecord]
-) -> list[tuple[StoredDocument, DrawRecord]]:
-    """(document, draw) in document order, each exactly once, all shapes and values checked."""
-    by_position = {d.position: d for d in documents}
-    if len({d.key for d in documents}) != len(documents):
-        raise ValueError("the same document twice in one shard: deduplicate the corpus first")
-    if any(not shard.first_document <= p < shard.document_stop for p in by_position):
-        raise ValueError(f"a document outside of {shard}")
-    rows = sorted(draws, key=lambda r: (r.position, r.draw))
-    expected = [(p, k) for p in sorted(by_position) for k in range(shard.first_draw, shard.draw_stop)]
-    if [(r.position, r.draw) for r in rows] != expected:
-        raise ValueError(f"expected every draw of {shard} for each document exactly once")
-    for record in rows:
-        _check_draw(spec, by_position[record.position], record)
-    return [(by_position[r.position], r) for r in rows]
-
-
-def _check_draw(spec: CaptureSpec, document: StoredDocument, record: DrawRecord) -> None:
-    chunks = int(record.masked_C.sum())
-    tokens = int(document.token_count_C[record.masked_C].sum()) if len(record.masked_C) == len(document.chunks) else -1
-    if tokens < 0 or len(record.split_M) != chunks or set(record.contexts) != set(spec.contexts):
-        raise ValueError(f"draw {record.draw} of {document.key}: masks, splits or contexts do not fit the document")
-    for context, scores in record.contexts.items():
-        _check_scores(
-            spec,
-            f"draw {record.draw} of document {document.name} ({document.key}), context {context}",
-            scores,
-            chunks,
-            tokens,
-            int((document.token_count_C[record.masked_C] == 1).sum()),
-        )
-
-
-def _check_scores(spec: CaptureSpec, where: str, scores: ContextScores, chunks: int, tokens: int, single: int) -> None:
-    """`single`: masked chunks of one token."""
-    shapes = [scores.gold_logp_N.shape == (tokens,)]
-    logps = [scores.gold_logp_N]
-    if "topk" in spec.lanes:
-        if scores.topk_ids is None or scores.topk_logp_MK is None or scores.log_z_MT is None:
-            raise ValueError(f"{where}: the spec has a topk lane and the record none")
-        shapes += [
-            scores.topk_ids.shape == (spec.k * tokens,),
-            scores.topk_logp_MK.shape == (chunks, spec.k),
-            scores.log_z_MT.shape == (chunks, len(spec.temperatures)),
-        ]
-        logps.append(scores.topk_logp_MK)
-        if (scores.tail_ids is None) == bool(spec.tail_samples):
-            raise ValueError(f"{where}: the spec says {spec.tail_samples} tail samples, the record otherwise")
-        if scores.tail_ids is not None and scores.tail_logp is not None:
-            shapes += [tail.shape == (spec.tail_samples * single,) for tail in (scores.tail_ids, scores.tail_logp)]
-            logps.append(scores.tail_logp)
-        if not np.isfinite(scores.log_z_MT).all():
-            raise TidecacheError(
-                f"{where}: the teacher {spec.teacher.name} gave log Z that is not finite: check its weights and dtype"
-            )
-    elif scores.topk_ids is not None:
-        raise ValueError(f"{where}: the record has a topk lane and the spec none")
-    if not all(shapes):
-        raise ValueError(f"{where}: scores of the wrong shape")
-    for logp in logps:
-        if not np.isfinite(logp).all() or (logp > 1e-3).any():
-            found = "NaN or infinite" if not np.isfinite(logp).all() else "positive"
-            raise TidecacheError(
-                f"{where}: the teacher {spec.teacher.name} gave {found} log-likelihoods: check its weights and dtype"
-            )
-
-
-def _refuse_large(shard: ShardRange, documents: int, size_bytes: int) -> None:
-    """Readers hold a few whole shards in memory, so no shard may be large; what is complete already stays."""
-    if size_bytes > MAX_SHARD_BYTES:
-        fewer = max(1, documents * MAX_SHARD_BYTES // (2 * size_bytes))
-        raise TidecacheError(
-            f"shard {shard.name} would have {size_bytes:,} bytes, more than {MAX_SHARD_BYTES:,}: run the capture again "
-            f"with --documents-per-shard {fewer}; it goes on from what is complete"
         )

@@ -17,6 +17,7 @@ from stage1_teacher import capture as driver
 from stage1_teacher.backends import Scores, Teacher, load
 from stage1_teacher.capture import Capture, Extent, count_documents
 from stage1_teacher.planning import ShardPart
+from stage1_teacher.shards import LocalEngine, ShardMaker
 from tests.stage1_teacher.captures import HashTeacher, make_spec, texts, tokenizers, write_corpus
 from tests.stage1_teacher.models import save_model
 
@@ -64,9 +65,8 @@ def run(
     watcher: object = None,
     **extent,
 ):
-    return Capture(
-        teacher, TEACHER, [STUDENT], spec, Extent(corpus, draws, size, **extent), folder, watcher or Silent()
-    ).run()
+    engine = LocalEngine(teacher, ShardMaker(spec, TEACHER, [STUDENT]))
+    return Capture(engine, TEACHER, spec, Extent(corpus, draws, size, **extent), folder, watcher or Silent()).run()
 
 
 def rows(folder: Path) -> dict:
@@ -292,7 +292,7 @@ def test_a_failing_writer_stops_the_teacher(tmp_path: Path, corpus: str, monkeyp
     def full(*_: object) -> None:
         raise TidecacheError("the disk is full")
 
-    monkeypatch.setattr(CacheWriter, "write_shard", full)
+    monkeypatch.setattr(CacheWriter, "commit", full)
     teacher, calls = HashTeacher(TEACHER.vocabulary), []
     original = teacher.score
     teacher.score = lambda *a: (calls.append(1), original(*a))[1]  # type: ignore[method-assign]

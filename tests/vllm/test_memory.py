@@ -11,14 +11,13 @@ import torch
 from shared.cache import open_cache
 from shared.errors import TidecacheError
 from stage1_teacher.backends import OutOfDeviceMemoryError
-from stage1_teacher.capture import Capture, Extent
-from tests.stage1_teacher.captures import TEACHER_VOCABULARY, make_spec, tokenizers, write_corpus
+from tests.stage1_teacher.captures import TEACHER_VOCABULARY, make_spec, write_corpus
 from tests.stage1_teacher.models import VOCABULARY, save_model
 from tests.stage1_teacher.test_capture import assert_same_draws, rows
+from tests.stage1_teacher.test_capture import run as capture
 from tests.stage1_teacher.test_presets_and_specs import Narrowing
 from tests.vllm.conftest import Start, noised
 
-TEACHER, STUDENT = tokenizers()
 SPEC = make_spec(contexts=("plain",), held_out="none", k=3, batch_tokens=512)
 
 
@@ -42,10 +41,9 @@ def test_the_shard_again_with_half_the_budget(tmp_path: Path, start: Start) -> N
     folder = save_model(tmp_path / "model", vocabulary=TEACHER_VOCABULARY, tokenizer=True)
     corpus = str(write_corpus(tmp_path / "c.jsonl", 12))
     teacher: Any = start(folder, "full", batch_tokens=SPEC.batch_tokens)
-    extent = Extent(corpus, draws=2, documents_per_shard=4)
 
     def run(out: str, watcher: Narrowing) -> None:
-        Capture(teacher, TEACHER, [STUDENT], SPEC, extent, tmp_path / out, watcher).run()
+        capture(teacher, tmp_path / out, corpus, SPEC, size=4, watcher=watcher)
 
     run("whole", Narrowing())
     # The exception of this process, then what a worker's death is reported as.

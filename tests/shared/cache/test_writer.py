@@ -163,7 +163,7 @@ def test_a_large_shard_is_refused_and_a_smaller_one_goes_on(tmp_path, monkeypatc
     writer = CacheWriter.open(tmp_path, synthetic.spec(), synthetic.vocabulary())
     synthetic.write(writer, ShardRange(0, 2, 0, 2))
     size = sum(r.size_bytes for r in (writer.completed[0].documents, *writer.completed[0].likelihoods))
-    monkeypatch.setattr("shared.cache.writer.MAX_SHARD_BYTES", size + size // 5)
+    monkeypatch.setattr("shared.cache.encoding.MAX_SHARD_BYTES", size + size // 5)
     with pytest.raises(TidecacheError, match=r"run the capture again with --documents-per-shard [1-4];"):
         synthetic.write(writer, ShardRange(2, 12, 0, 2))
     synthetic.write(writer, ShardRange(2, 4, 0, 2))
