@@ -19,9 +19,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from report import Curve, Plot, Table, page
+from report import page
 from rich.console import Console
 from rich.table import Table as RichTable
+
+from shared.cache.plots import Curve, Plot, Table
 
 console = Console()
 STUDENTS = {  # recipe -> how the table names it

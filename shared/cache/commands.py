@@ -29,13 +29,16 @@ def inspect(
     sample: int = typer.Option(
         16, min=0, help="Read the rows of so many document ranges, evenly spaced (0: footers alone)."
     ),
+    html: Path | None = typer.Option(None, help="Write one self-contained page to this file: plots, and a reader."),
+    documents: int = typer.Option(12, min=0, help="Documents in the page's reader."),
 ) -> None:
     """Show what a cache holds.
 
     Documents, draws, bytes by lane; by timestep the teacher's likelihoods, entropy, tail mass and calibration; compdemo
     against plain.
 
-    The footers of all files are read, and the rows of a sample.
+    The footers of all files are read, and the rows of a sample. --html also shows documents with their masked chunks
+    coloured by the teacher's confidence, and the candidates of each.
     """
     from shared.cache.inspect import inspect_cache
     from shared.cache.inspect_text import render
@@ -43,6 +46,12 @@ def inspect(
     inspection = inspect_cache(cache, sample)
     if as_json:
         typer.echo(json.dumps(inspection.to_json(), indent=1))
+        return
+    if html is not None:
+        from shared.cache.page import write_page
+
+        size = write_page(html, inspection, documents)
+        typer.echo(f"{html}: {size:,} bytes; open it in a browser")
         return
     from rich.console import Console
 

@@ -82,10 +82,17 @@ def _plain_table(title: str, headings: list[str]) -> Table:
 
 
 def _overview(inspection: Inspection) -> Table:
-    spec, totals = inspection.manifest.spec, inspection.manifest.totals
     table = Table(title=str(inspection.path), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
+    for name, value in facts(inspection).items():
+        table.add_row(name, value)
+    return table
+
+
+def facts(inspection: Inspection) -> dict[str, str]:
+    """What the cache is, from its spec and totals: name and value in words."""
+    spec, totals = inspection.manifest.spec, inspection.manifest.totals
     students = ", ".join(f"{s.name} (up to {s.length_limit} tokens)" for s in spec.students)
     temperatures = ", ".join(f"{t:g}" for t in spec.temperatures)
     layout = f"{spec.teacher.layout}" + (
@@ -95,7 +102,7 @@ def _overview(inspection: Inspection) -> Table:
     dropped = ", ".join(f"{n:,} {reason}" for reason, n in totals.dropped.items())
     share = totals.draws / totals.documents if totals.documents else 0
     shards = len(inspection.manifest.shards)
-    rows = {
+    return {
         "teacher": f"{spec.teacher.name} ({spec.teacher.architecture}, {layout}, {spec.teacher.dtype})",
         "students": students,
         "draws": f"contexts {', '.join(spec.contexts)}; mask law {spec.mask_law}; seed {spec.seed}",
@@ -110,9 +117,6 @@ def _overview(inspection: Inspection) -> Table:
         "fingerprint": inspection.manifest.spec.fingerprint,
         "content": inspection.manifest.content[:32] + "…",
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
 
 
 def _coverage(survey: Survey | None) -> str:
