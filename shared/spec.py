@@ -137,6 +137,22 @@ class CaptureSpec:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def unwidenable(base: CaptureSpec, wider: CaptureSpec) -> list[tuple[str, Any, Any]]:
+    """(dotted field, base's value, wider's value) for every difference by which a cache of `base` cannot become one of
+    `wider`: contexts, the topk lane, a larger k, temperatures and more tail samples can be added, and nothing else.
+    """
+    had, has = "topk" in base.lanes, "topk" in wider.lanes
+    adds = {
+        "contexts": set(base.contexts) < set(wider.contexts),
+        "lanes": set(base.lanes) < set(wider.lanes),
+        "k": has and (not had or base.k < wider.k),
+        "temperatures": has and (not had or set(base.temperatures) < set(wider.temperatures)),
+        "tail_samples": has and (not had or base.tail_samples < wider.tail_samples),
+        "codec": has and not had,
+    }
+    return [difference for difference in differences(base, wider) if not adds.get(difference[0], False)]
+
+
 def differences(ours: CaptureSpec, theirs: CaptureSpec) -> list[tuple[str, Any, Any]]:
     """(dotted field, our value, their value) for every field that differs, in order."""
 
@@ -147,5 +163,6 @@ def differences(ours: CaptureSpec, theirs: CaptureSpec) -> list[tuple[str, Any, 
             return {k: v for i, item in enumerate(value) for k, v in flat(item, f"{prefix}{i}.").items()}
         return {prefix.rstrip("."): value}
 
-    a, b = flat(ours.to_json(), ""), flat(theirs.to_json(), "")
+    absent = {"tail_samples": 0}  # what `to_json` leaves out
+    a, b = flat(absent | ours.to_json(), ""), flat(absent | theirs.to_json(), "")
     return [(name, a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)]

@@ -63,7 +63,7 @@ def encode_shard(
         counts=count_shard(stored, dropped, [(d, r.timestep, r.masked_C) for d, r in rows]),
         content=content,
     )
-    _refuse_large(shard, len(stored), documents_file[0].size_bytes + likelihoods_file[0].size_bytes)
+    refuse_large(shard, len(stored), documents_file[0].size_bytes + likelihoods_file[0].size_bytes)
     return EncodedShard(receipt, (documents_file, likelihoods_file), documents_content)
 
 
@@ -78,7 +78,7 @@ def _documents_file(
     content = format.sum_digests([int.from_bytes(format.document_digest(d), "little") for d in documents])
     table = format.documents_table(documents)
     reasons = [[position, d.key, d.name, d.reason, d.detail] for position, d in dropped]
-    data = encode(table, {**_footer(spec, shard), "content": content, "dropped": reasons})
+    data = encode(table, {**footer(spec, shard), "content": content, "dropped": reasons})
     return (FileRecord.of(path, data, len(documents), table.column_names), data), content
 
 
@@ -93,26 +93,19 @@ def _likelihoods_file(
         for (d, r), s in zip(rows, scores, strict=True)
     ]
     table = format.likelihoods_table(spec, rounded)
-    digests = {d.key: format.document_digest(d) for d, _ in rows}
-    content = format.sum_digests(
-        [
-            format.draw_digest(spec, digests[d.key], r.draw, r.timestep, r.masked_C, r.split_M, r.contexts)
-            for d, r in rounded
-        ]
-    )
     metadata = {
-        **_footer(spec, shard),
+        **footer(spec, shard),
         "draws": [shard.first_draw, shard.draw_stop],
         "batch_tokens": batch_tokens,
         "statistics": {context: s.to_json() for context, s in statistics.items()},
     }
     data = encode(table, metadata)
     path = f"{SHARDS_FOLDER}/{shard.name}.likelihoods.parquet"
-    return (FileRecord.of(path, data, len(rows), table.column_names), data), content
+    return (FileRecord.of(path, data, len(rows), table.column_names), data), format.content_of(spec, rounded)
 
 
-def _footer(spec: CaptureSpec, shard: ShardRange) -> dict[str, object]:
-    """What both data files say in their footers."""
+def footer(spec: CaptureSpec, shard: ShardRange) -> dict[str, object]:
+    """What all data files of a shard say in their footers."""
     return {
         "format": FORMAT_VERSION,
         "spec": spec.to_json(),
@@ -135,11 +128,17 @@ def _rows(
     if [(r.position, r.draw) for r in rows] != expected:
         raise ValueError(f"expected every draw of {shard} for each document exactly once")
     for record in rows:
-        _check_draw(spec, by_position[record.position], record)
+        check_draw(spec, by_position[record.position], record)
     return [(by_position[r.position], r) for r in rows]
 
 
-def _check_draw(spec: CaptureSpec, document: StoredDocument, record: DrawRecord) -> None:
+def check_draw(spec: CaptureSpec, document: StoredDocument, record: DrawRecord) -> None:
+    """Check that a record fits its document and the spec, and that its scores are likelihoods.
+
+    Raises:
+        TidecacheError: NaN or positive log-likelihoods.
+        ValueError: other shapes, contexts or lanes than the spec's (a defect of the caller).
+    """
     chunks = int(record.masked_C.sum())
     tokens = int(document.token_count_C[record.masked_C].sum()) if len(record.masked_C) == len(document.chunks) else -1
     if tokens < 0 or len(record.split_M) != chunks or set(record.contexts) != set(spec.contexts):
@@ -189,8 +188,12 @@ def _check_scores(spec: CaptureSpec, where: str, scores: ContextScores, chunks: 
             )
 
 
-def _refuse_large(shard: ShardRange, documents: int, size_bytes: int) -> None:
-    """Readers hold a few whole shards in memory, so no shard may be large; what is complete already stays."""
+def refuse_large(shard: ShardRange, documents: int, size_bytes: int) -> None:
+    """Readers hold a few whole shards in memory, so no shard may be large; what is complete already stays.
+
+    Raises:
+        TidecacheError: it is.
+    """
     if size_bytes > MAX_SHARD_BYTES:
         fewer = max(1, documents * MAX_SHARD_BYTES // (2 * size_bytes))
         raise TidecacheError(

@@ -350,6 +350,14 @@ def draw_digest(
     return int.from_bytes(frames.digest(), "little")
 
 
+def content_of(spec: CaptureSpec, rows: Sequence[tuple[StoredDocument, DrawRecord]]) -> str:
+    """The content digest of some rows; the records' scores must be `stored_scores` already."""
+    digests = {d.key: document_digest(d) for d in {d.key: d for d, _ in rows}.values()}
+    return sum_digests(
+        [draw_digest(spec, digests[d.key], r.draw, r.timestep, r.masked_C, r.split_M, r.contexts) for d, r in rows]
+    )
+
+
 def sum_digests(digests: Sequence[int]) -> str:
     """The content digest of a set of rows: their sum modulo 2^256 as 64 hexadecimal digits, whatever their order."""
     return f"{sum(digests) % (1 << DIGEST_BITS):064x}"

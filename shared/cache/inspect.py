@@ -26,6 +26,8 @@ from shared.cache.survey import Survey, length_at, per_chunk, survey_cache
 
 SAMPLE = 16  # document ranges whose rows are read
 
+SUPERSEDED = "superseded"  # columns that a later file replaces; nobody reads them
+
 LANE_OF_COLUMN = {
     "gold_logp": "gold",
     "topk_ids": "topk",
@@ -88,12 +90,13 @@ def inspect_cache(path: str | Path, sample: int = SAMPLE) -> Inspection:
     for record in {r.documents.path: r.documents for r in cache.shards}.values():
         sizes.add_file("documents", record)
     for receipt in cache.shards:
+        own: dict[str, Any] = {}  # a further file has a context's figures with what it adds to them
         for record in receipt.likelihoods:
             metadata = read_metadata(cache.path, record)
             sizes.add_columns(record, metadata)
-            for context, sums in footer_of(metadata.metadata).get("statistics", {}).items():
-                if f"{context}_gold_logp" in record.columns:
-                    statistics[context] = statistics[context] + ContextStatistics.from_json(sums)
+            own |= footer_of(metadata.metadata).get("statistics", {})
+        for context in statistics:
+            statistics[context] = statistics[context] + ContextStatistics.from_json(own[context])
     inner = cache.path / HELD_OUT_FOLDER
     held_out = Cache.open(inner).manifest if isinstance(inner, Path) and inner.is_dir() else None
     return Inspection(cache.path, cache.manifest, sizes.by_lane, statistics, survey_cache(cache, sample), held_out)
@@ -113,7 +116,8 @@ class _Sizes:
         rest = record.size_bytes
         for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
             for column in (group.column(i) for i in range(group.num_columns)):
-                lane = _lane(column.path_in_schema.split(".")[0])
+                name = column.path_in_schema.split(".")[0]
+                lane = _lane(name) if name in record.columns else SUPERSEDED
                 self.by_lane[lane] = self.by_lane.get(lane, 0) + column.total_compressed_size
                 rest -= column.total_compressed_size
         self.by_lane["footers"] = self.by_lane.get("footers", 0) + rest

@@ -24,6 +24,7 @@ from shared.spec import FORMAT_VERSION, CaptureSpec
 MANIFEST_FILE = "manifest.json"
 SHARDS_FOLDER = "shards"
 HELD_OUT_FOLDER = "held-out"
+WIDENING_FOLDER = "widening"  # receipts that wait for others, see `shared.cache.widening`
 MAX_MANIFEST_BYTES = 256 << 20
 MAX_RECEIPT_BYTES = 1 << 20
 _REMEDY = "resume the capture with the command that began it, which derives the manifest again, or get the cache again"
@@ -180,7 +181,7 @@ def derive(
     """
     shards = tuple(sorted(receipts, key=lambda r: r.range))
     for receipt in shards:
-        if receipt.fingerprint not in (spec.fingerprint, *widened_from):
+        if receipt.fingerprint != spec.fingerprint:
             raise TidecacheError(
                 f"{receipt.path}: expected the spec {spec.fingerprint}, found {receipt.fingerprint}: "
                 f"the shard belongs to another cache; remove this receipt"

@@ -8,7 +8,9 @@ alone, so the later of two equal shards changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from shared.cache.manifest import (
     HELD_OUT_FOLDER,
     MANIFEST_FILE,
     SHARDS_FOLDER,
+    WIDENING_FOLDER,
     FileRecord,
     Manifest,
     Receipt,
@@ -29,12 +32,12 @@ from shared.cache.manifest import (
     seal,
     write_receipt,
 )
-from shared.cache.parquet import encode, footer_of, open_parquet
+from shared.cache.parquet import encode, footer_of, open_parquet, read_metadata
 from shared.cache.records import DrawRecord, ShardRange
 from shared.cache.vocabulary import VOCABULARY_FILE, TeacherVocabulary
 from shared.documents import Dropped, PreparedDocument
 from shared.errors import TidecacheError
-from shared.spec import FORMAT_VERSION, CaptureSpec, differences
+from shared.spec import FORMAT_VERSION, CaptureSpec, differences, unwidenable
 
 MANIFEST_SHARE = 0.05  # at most this share of the time goes into writing the manifest again after each shard
 COMMIT_ATTEMPTS = 5
@@ -69,16 +72,12 @@ class CacheWriter:
         if not (root / MANIFEST_FILE).exists():
             _refuse_foreign_folder(root)
             files.write(root, VOCABULARY_FILE, data)
-            first = derive(spec, record, ())
+            first = derive(spec, record, (), _earlier_fingerprints(root, spec))
             files.write(root, MANIFEST_FILE, seal(first.to_json()), exclusive=True)
         existing = read_manifest(root)
         if changed := differences(spec, existing.spec):
-            fields = "; ".join(
-                f"{name}: the cache has {theirs!r}, this capture {ours!r}" for name, ours, theirs in changed
-            )
-            raise TidecacheError(
-                f"{root} holds a cache with another spec ({fields}): give another --out, or the same settings"
-            )
+            raise TidecacheError(_another_spec(root, existing, spec, changed))
+        settle(root, existing)
         for name in ("", SHARDS_FOLDER):
             files.remove_leftovers(root / name)
         writer = cls(root, spec, existing.vocabulary, existing.widened_from)
@@ -87,7 +86,10 @@ class CacheWriter:
 
     @property
     def completed(self) -> tuple[Receipt, ...]:
-        """The receipts of all complete shards now in the folder, other processes' too, in order."""
+        """The receipts of all complete shards now in the folder, other processes' too, in order.
+
+        One from before the cache was widened counts as absent: a capture under the narrower spec was still at work.
+        """
         folder = self.folder / SHARDS_FOLDER
         found = {}
         if folder.is_dir():
@@ -100,7 +102,8 @@ class CacheWriter:
             if name not in self._receipts or self._receipts[name][0] != state:
                 self._receipts[name] = (state, read_receipt(self.folder, name))
         self._receipts = {name: self._receipts[name] for name in found}
-        return tuple(sorted((r for _, r in self._receipts.values()), key=lambda r: r.range))
+        known = (r for _, r in self._receipts.values() if r.fingerprint not in self._widened_from)
+        return tuple(sorted(known, key=lambda r: r.range))
 
     def write_shard(
         self,
@@ -147,9 +150,14 @@ class CacheWriter:
         return receipt
 
     def finish(self) -> Manifest:
-        """Derive the manifest from all receipts and write it; until no process adds one while it is written."""
+        """Derive the manifest from all receipts and write it; until no process adds one while it is written.
+
+        Raises:
+            TidecacheError: another process has widened the cache meanwhile, or two wrote overlapping shards.
+        """
         begin = time.monotonic()
         while True:
+            self._refuse_widened()
             receipts = self.completed
             manifest = derive(self.spec, self._vocabulary, receipts, self._widened_from)
             data = seal(manifest.to_json())
@@ -161,6 +169,18 @@ class CacheWriter:
         self._manifest_written = time.monotonic()
         self._manifest_seconds = self._manifest_written - begin
         return manifest
+
+    def _refuse_widened(self) -> None:
+        """Never put back the manifest of a narrower spec."""
+        path = self.folder / MANIFEST_FILE
+        found = None
+        with contextlib.suppress(ValueError, OSError):
+            found = json.loads(path.read_bytes()).get("fingerprint")
+        if found not in (None, self.spec.fingerprint):
+            raise TidecacheError(
+                f"{self.folder}: `tidecache teacher extend` has extended this cache while this capture was at work "
+                f"(expected the spec {self.spec.fingerprint}, found {found}): run the capture again with the wider settings"
+            )
 
     def _stored_documents(self, encoded: EncodedShard, completed: Sequence[Receipt]) -> FileRecord | None:
         """The documents file of the range where another draw range has written it already."""
@@ -192,16 +212,51 @@ class CacheWriter:
         )
 
 
+def settle(root: Path, manifest: Manifest) -> None:
+    """Finish what a widening (`shared.cache.widening`) was killed at: where a receipt is still the narrower one, put the
+    one there that the manifest has.
+    """
+    if not manifest.widened_from:
+        return
+    for receipt in manifest.shards:
+        if read_receipt(root, receipt.path).fingerprint in manifest.widened_from:
+            write_receipt(root, receipt)
+
+
+def _earlier_fingerprints(root: Path, spec: CaptureSpec) -> tuple[str, ...]:
+    """What `widened_from` must hold where the manifest is lost: the other fingerprints of files that receipts list."""
+    found = set()
+    for path in sorted((root / SHARDS_FOLDER).glob("[!.]*.json")):
+        receipt = read_receipt(root, f"{SHARDS_FOLDER}/{path.name}")
+        if receipt.fingerprint == spec.fingerprint:
+            found |= {
+                footer_of(read_metadata(root, r).metadata)["fingerprint"]
+                for r in (receipt.documents, *receipt.likelihoods)
+            }
+    return tuple(sorted(found - {spec.fingerprint}))
+
+
 def _is_intact(root: Path, record: FileRecord) -> bool:
     path = root / record.path
     return path.stat().st_size == record.size_bytes and files.digest(path.read_bytes()) == record.digest
+
+
+def _another_spec(root: Path, existing: Manifest, spec: CaptureSpec, changed: list[tuple[str, object, object]]) -> str:
+    """The refusal, field by field, and what to do about it."""
+    fields = "; ".join(f"{name}: the cache has {theirs!r}, this capture {ours!r}" for name, ours, theirs in changed)
+    advice = "give another --out, or the same settings"
+    if spec.fingerprint in existing.widened_from:
+        advice = f"`tidecache teacher extend` has widened it since: {advice} as it has now"
+    elif not unwidenable(existing.spec, spec):
+        advice = f"`tidecache teacher extend {root}` adds what it lacks; else {advice}"
+    return f"{root} holds a cache with another spec ({fields}): {advice}"
 
 
 def _refuse_foreign_folder(root: Path) -> None:
     """A folder without a manifest is taken only if it holds nothing that is not a cache's."""
     if root.exists() and not root.is_dir():
         raise TidecacheError(f"{root}: expected a folder for the cache, found a file: give another --out")
-    known = {VOCABULARY_FILE, SHARDS_FOLDER, HELD_OUT_FOLDER}
+    known = {VOCABULARY_FILE, SHARDS_FOLDER, HELD_OUT_FOLDER, WIDENING_FOLDER}
     others = (
         sorted(p.name for p in root.iterdir() if p.name not in known and not p.name.endswith(".tmp"))
         if root.exists()

@@ -15,9 +15,11 @@ from shared.cache.records import ContextScores, DrawRecord, ShardRange
 from shared.cache.vocabulary import TeacherVocabulary
 from shared.cache.writer import CacheWriter
 from shared.documents import Chunks, Dropped, Encoded, Message, PreparedDocument, RawDocument
-from shared.spec import CaptureSpec, StudentTokenizerSpec, TeacherSpec
+from shared.ragged import ranges
+from shared.spec import CONTEXTS, CaptureSpec, StudentTokenizerSpec, TeacherSpec
 
 VOCABULARY = 500
+FILLINGS = 64  # of each chunk that have a likelihood of their own, whatever k
 TOKENIZER = "t" * 32
 
 
@@ -79,8 +81,8 @@ def draw(spec_: CaptureSpec, position: int, prepared: PreparedDocument, index: i
     first_C, stop_C = prepared.teacher.token_ranges(prepared.chunks)
     count_M = (stop_C - first_C)[masked_C]
     contexts = {}
-    for number, context in enumerate(spec_.contexts):
-        rng = np.random.default_rng([11, position, index, number])
+    for context in spec_.contexts:
+        rng = np.random.default_rng([11, position, index, CONTEXTS.index(context)])
         contexts[context] = scores(rng, spec_, count_M)
     return DrawRecord(position, index, t, masked_C, split_M, contexts)
 
@@ -89,14 +91,24 @@ def scores(rng: np.random.Generator, spec_: CaptureSpec, count_M: np.ndarray) ->
     gold_logp_N = -rng.exponential(1.5, count_M.sum()).astype(np.float32)
     if "topk" not in spec_.lanes:
         return ContextScores(gold_logp_N)
-    mass_MK = np.sort(rng.dirichlet(np.ones(spec_.k + 1) * 0.4, len(count_M))[:, :-1] + 1e-9, axis=1)[:, ::-1]
-    logp_MK = np.log(mass_MK / (1 + 1e-6))
-    ids = rng.integers(0, VOCABULARY - 2, spec_.k * count_M.sum()).astype(np.int32)
-    tail_M = 1.0 - mass_MK.sum(1)
-    log_z = [np.log(np.exp(logp_MK / t).sum(1) + np.maximum(tail_M, 1e-9) ** (1 / t)) for t in spec_.temperatures]
+    mass_MF = np.sort(rng.dirichlet(np.ones(FILLINGS + 1) * 0.1, len(count_M))[:, :-1] + 1e-9, axis=1)[:, ::-1]
+    logp_MF = np.log(mass_MF / (1 + 1e-6))
+    ids = rng.integers(97, 123, FILLINGS * count_M.sum()).astype(
+        np.int32
+    )  # so that the gold is among them now and then
+    ids = ids[ranges(FILLINGS * (np.cumsum(count_M) - count_M), spec_.k * count_M)]  # the k best of them
+    rest_M = np.maximum(1.0 - mass_MF.sum(1), 1e-9)
+    log_z = [np.log(np.exp(logp_MF / t).sum(1) + rest_M ** (1 / t)) for t in spec_.temperatures]
     log_z_MT = np.stack(log_z, axis=1).astype(np.float32)
     log_z_MT[:, [t == 1.0 for t in spec_.temperatures]] = 0.0
-    return ContextScores(gold_logp_N, log_z_MT, ids, logp_MK.astype(np.float32))
+    tail = ()
+    if spec_.tail_samples:
+        count = spec_.tail_samples * int((count_M == 1).sum())
+        tail = (
+            rng.integers(0, VOCABULARY - 2, count).astype(np.int32),
+            -rng.exponential(9.0, count).astype(np.float32),
+        )
+    return ContextScores(gold_logp_N, log_z_MT, ids, logp_MF[:, : spec_.k].astype(np.float32), *tail)
 
 
 def write(writer: CacheWriter, shard: ShardRange, drop: Sequence[int] = (), chunks: int = 12) -> None:

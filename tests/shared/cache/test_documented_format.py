@@ -18,6 +18,7 @@ import pytest
 
 from shared.cache import open_cache
 from tests.shared.cache import synthetic
+from tests.shared.cache.widened import widen
 
 PATH_RULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
@@ -26,6 +27,16 @@ PATH_RULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("cache")
     synthetic.build(path, documents=8, contexts=("compdemo", "plain"), temperatures=(1.0, 2.0, 0.5))
+    return path
+
+
+@pytest.fixture(scope="module")
+def widened(tmp_path_factory):
+    """The same cache, which got a context, a larger k and a temperature later."""
+    path = tmp_path_factory.mktemp("widened")
+    synthetic.build(path, documents=8, k=3, temperatures=(1.0, 2.0))
+    widen(path, synthetic.spec(k=4, temperatures=(1.0, 2.0, 0.5)))
+    widen(path, synthetic.spec(contexts=("compdemo", "plain"), temperatures=(1.0, 2.0, 0.5)))
     return path
 
 
@@ -55,6 +66,17 @@ def read_parquet(folder: Path, record: dict) -> tuple[list[dict], dict]:
     assert table.num_rows == record["rows"]
     footer = {k.decode(): json.loads(v) for k, v in table.schema.metadata.items() if k.startswith(b"tidecache.")}
     return table.select(record["columns"]).to_pylist(), footer
+
+
+def joined_rows(folder: Path, records: list[dict]) -> list[dict]:
+    """The rows of a shard, each column from the file that lists it."""
+    rows, *others = (read_parquet(folder, record)[0] for record in records)
+    for further in others:
+        for row, more in zip(rows, further, strict=True):
+            assert all(row[key] == more[key] for key in ("document", "draw", "timestep"))
+            assert len(row.keys() & more.keys()) == 3
+            row |= more
+    return rows
 
 
 def frames(*parts: bytes) -> bytes:
@@ -97,14 +119,14 @@ def draws_of(folder: Path):
         own = read_json(folder / f"shards/{first:08d}-{stop:08d}.draws-{low:04d}-{high:04d}.json")
         assert {k: v for k, v in own.items() if k not in ("format", "digest")} == receipt
         rows, footer = read_parquet(folder, receipt["documents"])
-        assert footer["tidecache.fingerprint"] == manifest["fingerprint"]
+        assert receipt["fingerprint"] == manifest["fingerprint"]
+        assert footer["tidecache.fingerprint"] in (manifest["fingerprint"], *manifest["widened_from"])
         documents = {r["document"]: r for r in rows}
         digests = {key: document_bytes(r) for key, r in documents.items()}
         assert sum(int.from_bytes(d, "little") for d in digests.values()) % 2**256 == int(
             footer["tidecache.content"], 16
         )
-        draws, _ = read_parquet(folder, receipt["likelihoods"][0])
-        for row in draws:
+        for row in joined_rows(folder, receipt["likelihoods"]):
             total += row_number(digests[row["document"]], row, spec["contexts"])
             yield read_draw(row, documents[row["document"]], spec, words, hot)
     assert f"{total % 2**256:064x}" == manifest["content"]
@@ -140,7 +162,9 @@ def read_draw(row: dict, document: dict, spec: dict, words: list[bytes], hot: li
 # --- the comparison ----------------------------------------------------------------------------------------------
 
 
-def test_the_page_is_enough(folder):
+@pytest.mark.parametrize("which", ["folder", "widened"])
+def test_the_page_is_enough(which, request):
+    folder = request.getfixturevalue(which)
     cache = open_cache(folder)
     ours = list(cache.iter_draws())
     theirs = list(draws_of(folder))
