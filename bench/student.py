@@ -90,12 +90,12 @@ def plain_loss(model: Any, data: StepInput) -> Any:
     import torch
     import torch.nn.functional as F
 
-    from stage2_student.attention import attention_mask
+    from stage2_student.attention import block_diffusion_mask
     from stage2_student.objectives import reverse_calm_loss
 
     input_BS = torch.cat([data.noisy_BL, data.clean_BL], dim=1)
     position_BS = torch.arange(LENGTH).repeat(2)[None].expand(ROWS, -1)
-    mask = attention_mask(torch.full((ROWS,), LENGTH), LENGTH, BLOCK)
+    mask = torch.zeros(2 * LENGTH, 2 * LENGTH).masked_fill(~block_diffusion_mask(LENGTH, BLOCK), -1e30)[None, None]
     logits_BSV = model(input_ids=input_BS, position_ids=position_BS, attention_mask=mask, use_cache=False).logits
     logits_BLV = logits_BSV[:, :LENGTH]
     nll_BL = F.cross_entropy(logits_BLV.transpose(1, 2), data.clean_BL, reduction="none")
@@ -111,17 +111,16 @@ def our_loss(model: Any, data: StepInput) -> Any:
     import torch
 
     from stage2_student import objectives
-    from stage2_student.attention import noisy_hidden
+    from stage2_student.attention import masked_hidden
     from stage2_student.head import Head, gather_logits
+    from stage2_student.packing import Group
 
-    lengths_B = torch.full((ROWS,), LENGTH)
-    hidden_BLD = noisy_hidden(model, data.noisy_BL[:, None], data.clean_BL, lengths_B, BLOCK)[:, 0]
+    groups = [Group(0, masked_L[None].numpy()) for masked_L in data.masked_BL]
+    hidden_ND = masked_hidden(model, data.noisy_BL, data.clean_BL, groups, BLOCK)
     sample_N, token_N = data.masked_BL.nonzero(as_tuple=True)
     row_N = torch.arange(len(sample_N))
     head = Head(model.lm_head.weight)
-    logit_N, log_z_N1 = gather_logits(
-        hidden_BLD[sample_N, token_N], head, row_N, data.clean_BL[sample_N, token_N], (1.0,)
-    )
+    logit_N, log_z_N1 = gather_logits(hidden_ND, head, row_N, data.clean_BL[sample_N, token_N], (1.0,))
     log_z_N = log_z_N1[:, 0]
     trainable_B = torch.full((ROWS,), LENGTH - PROMPT)
     cross_entropy = objectives.cross_entropy(log_z_N - logit_N, sample_N, data.timestep_B, trainable_B)

@@ -2,126 +2,185 @@
 
 A student is trained on [x_t, x_0]: the noisy sequence, then the clean one, both with positions 0 … L − 1. Within one
 block the noisy tokens see each other; a noisy block also sees the clean blocks before it; clean tokens see clean tokens
-of their own and earlier blocks. The whole of it is an attention mask that plain `transformers` models take as it is,
-so that checkpoints stay plain and no modelling code is forked. Several draws of one document may share one clean half
-(*packed draws*): [x_t of draw 1, …, x_t of draw K, x_0].
+of their own and earlier blocks. Several draws of one document share one clean half. Plain `transformers` models compute
+it on a pack (`packing`): `adopt` gives their layers an attention function that reads the pack's layout (`kernels`), so
+that no modelling code is forked and checkpoints stay plain. Given no layout, it is the model's usual attention.
 
-Padding never reaches attention: no query sees a key at or beyond its row's length. Queries there see only themselves,
-so that no softmax runs over nothing; what they give is never used.
+The head asks for masked tokens alone, so the last layer gives no others: of the rest it needs keys and values. In the
+families whose layers are known to have that form, `_LastLayer` cuts its residual stream down to the masked tokens.
 
-Shape suffixes: B rows, K packed draws, L positions, S = (K + 1)·L sequence, D hidden size.
+Shape suffixes: S = (draws + 1) · L, T tokens of the pack, N masked tokens, D hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from shared.errors import TidecacheError
-from stage2_student import families
+from stage2_student import families, kernels
+from stage2_student.kv_cache import grouped_attention
+from stage2_student.packing import CLEAN, Group, Layout, sees
+
+ATTENTION = "tidecache_blocks"
 
 
 def block_diffusion_mask(length: int, block_size: int, draws: int = 1) -> Tensor:
-    """Return which keys (columns) a query (row) may see (DESIGN §8, §11).
+    """Return which keys (columns) a query (row) may see (DESIGN §8, §11): the dense reference of all kernels.
 
     Args:
         length: L, tokens of one half.
         block_size: tokens per block; the last block may be shorter.
-        draws: K noisy draws over one clean half.
+        draws: noisy draws over one clean half.
 
     Returns:
-        bool [(K + 1)·L, (K + 1)·L], True where seen; the noisy draws first, x_0 last.
+        bool [(draws + 1)·L, (draws + 1)·L], True where seen; the noisy draws first, x_0 last.
     """
-    return _mask_for(torch.arange(length) // block_size, draws)
+    draw_S = torch.tensor([*range(draws), CLEAN]).repeat_interleave(length)
+    block_S = (torch.arange(length) // block_size).repeat(draws + 1)
+    every_S = torch.arange(len(draw_S))
+    return sees(torch.zeros_like(draw_S), draw_S, block_S, every_S[:, None], every_S[None, :])
 
 
-def _mask_for(block_L: Tensor, draws: int) -> Tensor:
-    """The mask of tokens with these blocks; several rows ([B, L]) give several masks."""
-    part_S = torch.arange(draws + 1, device=block_L.device).repeat_interleave(block_L.shape[-1])
-    block_S = block_L.repeat(*[1] * (block_L.ndim - 1), draws + 1)
-    query_part, key_part = part_S[:, None], part_S[None, :]
-    query_block, key_block = block_S[..., :, None], block_S[..., None, :]
-    same_part = query_part == key_part
-    query_clean, key_clean = query_part == draws, key_part == draws
-    noisy_to_itself = same_part & ~query_clean & (query_block == key_block)
-    noisy_to_clean = ~query_clean & key_clean & (key_block < query_block)
-    clean_to_clean = same_part & query_clean & (key_block <= query_block)
-    return noisy_to_itself | noisy_to_clean | clean_to_clean
+@dataclass(frozen=True)
+class _Pass:
+    """What the layers of one forward pass are told."""
+
+    layout: Layout
+    place_N: Tensor
+    last: int | None  # the layer that gives masked tokens alone
 
 
-def attention_mask(
-    length_B: Tensor,
-    length: int,
-    block_size: int,
-    draws: int = 1,
-    dtype: torch.dtype = torch.float32,
-    offset_B: Tensor | None = None,
+def masked_hidden(
+    model: PreTrainedModel, noisy_BL: Tensor, clean_BL: Tensor, groups: Sequence[Group], block_size: int
 ) -> Tensor:
-    """Return the additive mask of a padded batch for `sdpa` and `eager` attention.
+    """Run a causal LM, without its head, on a batch and return the hidden states of its masked tokens.
 
     Args:
-        length_B: tokens of each row (of one half), at most `length`; on the device where the mask is wanted.
-        length: L, to which the rows are padded.
+        model: a Hugging Face causal LM (its base model is run).
+        noisy_BL: x_t of each row; padding is not looked at.
+        clean_BL: x_0; of a group only the first row's is looked at.
+        groups: the rows, in order.
         block_size: tokens per block.
-        draws: K packed draws; all of a row have its length.
-        dtype: the model's.
-        offset_B: places of each row's first block that lie before the row: token i is in block (i + offset) //
-            block_size. None: all 0, blocks count from the sequence's start.
 
     Returns:
-        [B, 1, S, S], or [1, 1, S, S] when no row is padded or offset: 0 where seen, the dtype's least number where not.
-    """
-    device = length_B.device
-    place_BL = torch.arange(length, device=device)[None]
-    if offset_B is not None and bool((offset_B > 0).any()):
-        place_BL = place_BL + offset_B[:, None]
-    seen_BSS = _mask_for(place_BL // block_size, draws)
-    if bool((length_B < length).any()):
-        real_BS = (torch.arange(length, device=device)[None, :] < length_B[:, None]).repeat(1, draws + 1)
-        itself_SS = torch.eye(seen_BSS.shape[1], dtype=torch.bool, device=device)
-        seen_BSS = torch.where(real_BS[:, :, None], seen_BSS & real_BS[:, None, :], itself_SS)
-    additive_BSS = torch.zeros(seen_BSS.shape, dtype=dtype, device=device)
-    return additive_BSS.masked_fill_(~seen_BSS, torch.finfo(dtype).min)[:, None]
-
-
-def noisy_hidden(
-    model: PreTrainedModel,
-    noisy_BKL: Tensor,
-    clean_BL: Tensor,
-    length_B: Tensor,
-    block_size: int,
-    offset_B: Tensor | None = None,
-) -> Tensor:
-    """Run a causal LM, without its head, on [x_t …, x_0] and return the hidden states of the noisy draws.
-
-    Args:
-        model: a Hugging Face causal LM (its base model is run) with `sdpa` or `eager` attention.
-        noisy_BKL: x_t of K draws of each row's document, padded with any valid id.
-        clean_BL: x_0, padded alike.
-        length_B: tokens of each row.
-        block_size: tokens per block.
-        offset_B: see `attention_mask`.
-
-    Returns:
-        hidden_BKLD, normalised and ready for the head; undefined (but finite) at padding.
+        hidden_ND at the masked tokens, row by row, normalised and ready for the head.
 
     Raises:
-        TidecacheError: the rows are longer than a sliding window of the model's.
+        TidecacheError: a row is longer than a sliding window of the model's.
     """
-    rows, draws, length = noisy_BKL.shape
-    families.check_length(model.config, length)
-    input_BS = torch.cat([noisy_BKL.reshape(rows, draws * length), clean_BL], dim=1)
-    position_BS = torch.arange(length, device=clean_BL.device).repeat(draws + 1)[None].expand(rows, -1)
-    base = model.base_model
-    mask = attention_mask(length_B, length, block_size, draws, dtype=next(base.parameters()).dtype, offset_B=offset_B)
-    output = base(input_ids=input_BS, position_ids=position_BS, attention_mask=mask, use_cache=False)
-    hidden_BSD: Tensor = output.last_hidden_state
-    return hidden_BSD[:, : draws * length].reshape(rows, draws, length, -1)
+    families.check_length(model.config, max(group.masked_ML.shape[1] for group in groups))
+    last = adopt(model)
+    layout = Layout.of(groups, block_size, clean_BL.device)
+    place_N = layout.places(groups, block_size)
+    row_T, column_T, noisy = layout.row_T, layout.column_T, layout.noisy
+    input_T = torch.cat([noisy_BL[row_T[:noisy], column_T[:noisy]], clean_BL[row_T[noisy:], column_T[noisy:]]])
+    output = model.base_model(
+        input_ids=input_T[None],
+        position_ids=column_T[None],
+        attention_mask=torch.zeros(1, 1, 1, 1, device=input_T.device),  # four dimensions: transformers makes no mask
+        use_cache=False,
+        blocks=_Pass(layout, place_N, last),
+    )
+    hidden_1TD: Tensor = output.last_hidden_state
+    return hidden_1TD[0] if last is not None else hidden_1TD[0].index_select(0, place_N)
+
+
+def block_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    blocks: _Pass | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of an adopted model: of a pack [1, H, T, D], or without `blocks` under the mask.
+
+    Raises:
+        TidecacheError: the model asks for something besides plain attention.
+    """
+    if blocks is None:
+        return grouped_attention(module, query, key, value, attention_mask, scaling, dropout, softcap, **kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layout = blocks.layout
+    if blocks.last is None or getattr(module, "layer_idx", None) != blocks.last:
+        return kernels.attend(module, query, key, value, layout, scaling, softcap, dropout), None
+    noisy = query[:, :, : layout.noisy]
+    output = kernels.attend(module, noisy, key, value, layout, scaling, softcap, dropout)
+    # The layer's own reshape wants a row per token; those of clean tokens are not looked at again.
+    return nn.functional.pad(output, (0, 0, 0, 0, 0, layout.tokens - layout.noisy)), None
+
+
+AttentionInterface.register(ATTENTION, block_attention)
+AttentionMaskInterface.register(ATTENTION, eager_mask)  # for passes without a pack
+
+
+def adopt(model: PreTrainedModel) -> int | None:
+    """Give a model's layers `block_attention`, once; return the number of the layer that can be cut, if it can.
+
+    Raises:
+        TidecacheError: as `check_attention`.
+    """
+    if model.config._attn_implementation != ATTENTION:
+        check_attention(model)
+        model.config._attn_implementation = ATTENTION
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None or model.config.model_type not in families.CUTTABLE:
+        return None
+    last = layers[-1]
+    if not hasattr(last, "tidecache_cut"):
+        last.tidecache_cut = _LastLayer(last)
+    return len(layers) - 1
+
+
+class _LastLayer:
+    """Cuts a decoder layer's residual stream down to the masked tokens, by hooks; they do nothing without a pack.
+
+    The layer is entered with the masked tokens; its first norm, and so queries, keys and values, gets all tokens; what
+    attention gives is cut before the output projection. All of it happens within the layer's own call, so checkpointing
+    may repeat it and wrappers may gather its parameters.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.blocks: _Pass | None = None
+        self.whole_1TD: Tensor | None = None
+        layer.register_forward_pre_hook(self.enter, with_kwargs=True)
+        layer.input_layernorm.register_forward_pre_hook(self.widen)
+        layer.self_attn.o_proj.register_forward_pre_hook(self.narrow)
+
+    def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.blocks = kwargs.get("blocks")
+        if self.blocks is None:
+            return None
+        self.whole_1TD = args[0]
+        return (self._masked(args[0]), *args[1:]), kwargs
+
+    def widen(self, _: nn.Module, args: tuple[Tensor]) -> Any:
+        whole, self.whole_1TD = self.whole_1TD, None
+        return None if whole is None else (whole,)
+
+    def narrow(self, _: nn.Module, args: tuple[Tensor]) -> Any:
+        found = None if self.blocks is None else (self._masked(args[0]),)
+        self.blocks = None
+        return found
+
+    def _masked(self, x_1TD: Tensor) -> Tensor:
+        assert self.blocks is not None
+        return x_1TD[0].index_select(0, self.blocks.place_N)[None]
 
 
 def check_attention(model: PreTrainedModel) -> None:
-    """Refuse a model whose attention would not be what the mask says.
+    """Refuse a model whose attention would not be what block diffusion says.
 
     Raises:
         TidecacheError: an attention implementation that takes no dense mask or would leave out a soft-cap, or layers

@@ -1,8 +1,9 @@
 """Rows become one batch of tensors (DESIGN §8).
 
-Rows of different lengths are padded to the longest; padding carries the end token's place, never reaches attention and
-is never asked for. Only masked positions matter to the head, so the batch lists them (N), the tokens of scored chunks
-among them (M), and for events the tokens of every event (P), all as flat indices: no dense [chunks × tokens] arrays.
+Rows of different lengths are padded to the longest; padding never reaches the model, which runs on a pack of the tokens
+that it needs (`packing`), where rows that are draws of one document, one after the other, share its clean half. Only
+masked positions matter to the head, so the batch lists them (N), the tokens of scored chunks among them (M), and for
+events the tokens of every event (P), all as flat indices: no dense [chunks × tokens] arrays.
 
 Shape suffixes: B rows, L tokens, N masked tokens, C scored chunks, M tokens of scored chunks, E events per chunk at
 most, P tokens of all events, S tail samples, W tail samples per chunk at most.
@@ -10,7 +11,7 @@ most, P tokens of all events, S tail samples, W tail samples per chunk at most.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from shared.documents import IntArray
 from shared.ragged import ranges, within
 from stage2_student.data import Coverage, Row
+from stage2_student.packing import Group
 
 
 class Movable:
@@ -75,7 +77,6 @@ class Batch(Movable):
     noisy_BL: Tensor
     clean_BL: Tensor
     length_B: Tensor
-    offset_B: Tensor  # places of the first block before the row, where blocks do not start with it
     timestep_B: Tensor
     trainable_B: Tensor
     sample_N: Tensor  # row of each masked token
@@ -87,6 +88,7 @@ class Batch(Movable):
     position_M: Tensor  # which of the N masked tokens
     chunk_M: Tensor
     events: EventTensors | None
+    groups: tuple[Group, ...]  # of rows that share their clean half
     documents: tuple[str, ...]  # names, for messages
     fresh: int  # rows with masks drawn in stage 2
     coverage: Coverage
@@ -124,7 +126,6 @@ class Collator:
             noisy_BL=torch.from_numpy(noisy_BL),
             clean_BL=torch.from_numpy(clean_BL),
             length_B=torch.tensor([len(row.ids_L) for row in kept] or [1]),
-            offset_B=torch.tensor([row.offset for row in kept] or [0]),
             timestep_B=torch.tensor([row.timestep for row in kept] or [1.0], dtype=torch.float32),
             trainable_B=torch.tensor([row.trainable for row in kept] or [0]),
             sample_N=torch.from_numpy(sample_N),
@@ -136,10 +137,22 @@ class Collator:
             position_M=torch.from_numpy(position_M),
             chunk_M=torch.from_numpy(np.repeat(np.arange(len(first_C)), count_C)),
             events=_event_tensors(kept, first_C, count_C),
+            groups=tuple(_groups(kept)) or (Group(0, np.zeros((1, 1), np.bool_)),),
             documents=tuple(row.name for row in rows),
             fresh=sum(row.fresh for row in rows),
             coverage=sum((row.coverage for row in rows), Coverage()),
         )
+
+
+def _groups(rows: Sequence[Row]) -> Iterator[Group]:
+    """Rows with the same tokens in the same blocks, one after the other."""
+    first = 0
+    for stop in range(1, len(rows) + 1):
+        one = rows[first]
+        if stop < len(rows) and rows[stop].offset == one.offset and np.array_equal(rows[stop].ids_L, one.ids_L):
+            continue
+        yield Group(one.offset, np.stack([row.masked_L for row in rows[first:stop]]))
+        first = stop
 
 
 def _joined(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:

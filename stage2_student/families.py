@@ -18,6 +18,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from shared.errors import TidecacheError
 
 DLLM_PREFIX = "a2d-"  # dLLM's model types: a2d-llama, a2d-qwen2, a2d-qwen3
+# Layers of the form h + o_proj(attention(input_layernorm(h))), then h + mlp(…), each token for itself after attention.
+CUTTABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 EQUAL_WITHIN_WINDOW = ("full_attention", "sliding_attention")
 
 

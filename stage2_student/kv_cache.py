@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout as dropped_out
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -85,7 +86,7 @@ def grouped_attention(
     extra = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
     if extra:
         raise TidecacheError(
-            f"{type(module).__name__} wants {', '.join(extra)}, which the sampler's attention does not do: "
+            f"{type(module).__name__} wants {', '.join(extra)}, which block-diffusion attention does not do: "
             "take a student of another family"
         )
     rows, heads, length, size = query.shape
@@ -93,11 +94,11 @@ def grouped_attention(
     folded = query.reshape(rows, key.shape[1], groups * length, size)
     mask = attention_mask.repeat(1, 1, groups, 1) if groups > 1 else attention_mask
     if softcap is None:
-        output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+        output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     else:
         score = folded @ key.transpose(2, 3) * (size**-0.5 if scaling is None else scaling)
         score = torch.tanh(score / softcap) * softcap + mask
-        output = score.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+        output = dropped_out(score.softmax(dim=-1, dtype=torch.float32).to(value.dtype), dropout) @ value
     return output.reshape(rows, heads, length, size).transpose(1, 2).contiguous(), None
 
 

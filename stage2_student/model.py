@@ -260,7 +260,4 @@ class TrainableStudent(nn.Module):
 
 def masked_hidden(model: PreTrainedModel, batch: Batch, block_size: int) -> Tensor:
     """hidden_ND at the batch's masked tokens."""
-    hidden_BLD = attention.noisy_hidden(
-        model, batch.noisy_BL[:, None], batch.clean_BL, batch.length_B, block_size, batch.offset_B
-    )[:, 0]
-    return hidden_BLD[batch.sample_N, batch.column_N]
+    return attention.masked_hidden(model, batch.noisy_BL, batch.clean_BL, batch.groups, block_size)

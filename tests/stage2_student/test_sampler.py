@@ -10,9 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from shared.errors import TidecacheError
-from stage2_student.attention import noisy_hidden
 from stage2_student.head import Head
 from stage2_student.sampler import SampleOptions, Sampler, Usage
+from tests.stage2_student.packed import noisy_hidden
 
 ORACLES = Path(__file__).resolve().parent.parent / "oracles"
 torch.set_num_threads(1)
