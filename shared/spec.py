@@ -21,7 +21,7 @@ LANES = ("gold", "topk")
 MASK_LAWS = ("chunk", "token")
 LAYOUTS = ("full", "block-causal", "bd3lm", "reordered")
 TAIL_TEMPERATURE = 2.0  # of tail samples; one for all caches, so that temperatures can be added later
-CODECS = ("raw",)
+CODECS = ("raw", "packed")  # of the topk lane, see `shared.cache.codec`
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,17 @@
 """Format v1, the tables: how documents and draws become Parquet columns and come back (docs/cache-format.md).
 
 One documents row is one document, one likelihoods row is one (document, draw), both in document order. All columns but
-the document's messages are plain numbers or lists of numbers, so that any Parquet reader can use them. Log-likelihoods
-are float32 rounded to 11 significant bits, and zstd stores little more than those: half a unit in the last place is at
-most 0.004 nats for values from −8 to −16, and never more than 2^-11 of the value. log Z keeps 16 bits, since the tail
-mass is a small difference.
+the document's messages are plain numbers or lists of numbers, so that any Parquet reader can use them; so is the topk
+lane, unless it is packed (`shared.cache.codec`).
 
-Shapes as in `shared.cache.records`. Columns of a context x: x_gold_logp, x_topk_ids, x_topk_logp, x_log_z, and with tail
+Shapes as in `shared.cache.records`. Columns of a context x: x_gold_logp, those of the topk lane's codec, and with tail
 samples x_tail_ids, x_tail_logp.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,16 +20,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from shared.cache.parquet import MAX_VALUES
-from shared.cache.records import ContextScores, Draw, DrawRecord, StoredDocument
+from shared.cache import codec
+from shared.cache.codec import LOGP_BITS, TopK, round_significant
+from shared.cache.columns import flat, lists
+from shared.cache.records import ContextScores, Draw, DrawRecord, FloatArray, IdArray, IntArray, StoredDocument
 from shared.cache.vocabulary import TeacherVocabulary
 from shared.documents import Chunks, Message, PreparedDocument
-from shared.errors import TidecacheError
 from shared.ragged import ranges
 from shared.spec import CaptureSpec
 
-LOGP_BITS = 11  # significant bits of stored log-likelihoods
-LOG_Z_BITS = 16
 DIGEST_BITS = 256
 
 DOCUMENTS_SCHEMA = pa.schema(
@@ -56,9 +54,7 @@ def context_columns(spec: CaptureSpec, context: str) -> dict[str, pa.DataType]:
     """The columns of one context's lanes, in order."""
     columns = {f"{context}_gold_logp": pa.list_(pa.float32())}
     if "topk" in spec.lanes:
-        columns[f"{context}_topk_ids"] = pa.list_(pa.int32())
-        columns[f"{context}_topk_logp"] = pa.list_(pa.float32())
-        columns[f"{context}_log_z"] = pa.list_(pa.float32())
+        columns |= codec.columns_of(spec, context)
         if spec.tail_samples:
             columns[f"{context}_tail_ids"] = pa.list_(pa.int32())
             columns[f"{context}_tail_logp"] = pa.list_(pa.float32())
@@ -78,28 +74,16 @@ def likelihoods_schema(spec: CaptureSpec) -> pa.Schema:
     return pa.schema([*fields, *(c for x in spec.contexts for c in context_columns(spec, x).items())])
 
 
-def round_significant(values: npt.ArrayLike, bits: int) -> npt.NDArray[np.float32]:
-    """Finite float32 values rounded to nearest, ties to even, with `bits` significant bits (24 change nothing)."""
-    raw = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    drop = np.uint32(24 - bits)
-    if drop == 0:
-        return raw.view(np.float32)
-    half = (np.uint32(1) << (drop - np.uint32(1))) - np.uint32(1)
-    rounded = raw + half + ((raw >> drop) & np.uint32(1))
-    return (rounded & ~((np.uint32(1) << drop) - np.uint32(1))).view(np.float32)
-
-
 def stored_scores(spec: CaptureSpec, scores: ContextScores) -> ContextScores:
     """The scores as a file of a cache with this spec will hold them: what a reader gets back, to the bit."""
     if "topk" not in spec.lanes:
         return ContextScores(round_significant(scores.gold_logp_N, LOGP_BITS))
-    if scores.topk_ids is None or scores.topk_logp_MK is None or scores.log_z_MT is None:
-        raise ValueError("the spec has a topk lane and the scores none")
+    topk = codec.stored(spec, TopK.of(scores))
     return ContextScores(
         gold_logp_N=round_significant(scores.gold_logp_N, LOGP_BITS),
-        log_z_MT=round_significant(scores.log_z_MT, LOG_Z_BITS),
-        topk_ids=np.ascontiguousarray(scores.topk_ids, dtype=np.int32),
-        topk_logp_MK=round_significant(scores.topk_logp_MK, LOGP_BITS),
+        log_z_MT=topk.log_z_MT,
+        topk_ids=topk.ids,
+        topk_logp_MK=topk.logp_MK,
         tail_ids=None if scores.tail_ids is None else np.ascontiguousarray(scores.tail_ids, dtype=np.int32),
         tail_logp=None if scores.tail_logp is None else round_significant(scores.tail_logp, LOGP_BITS),
     )
@@ -126,21 +110,6 @@ def stored_document(position: int, document: PreparedDocument) -> StoredDocument
     )
 
 
-def _lists(arrays: Sequence[npt.NDArray[Any]], kind: pa.DataType) -> pa.Array:
-    """A list column with one row per array."""
-    lengths = np.array([len(a) for a in arrays], dtype=np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    if offsets[-1] > MAX_VALUES:
-        raise TidecacheError(
-            f"a shard has {offsets[-1]} values in one column, at most {MAX_VALUES} fit: capture with a smaller "
-            f"--documents-per-shard"
-        )
-    values = np.concatenate(arrays) if arrays else np.zeros(0)
-    return pa.ListArray.from_arrays(
-        pa.array(offsets, pa.int32()), pa.array(values.astype(kind.value_type.to_pandas_dtype()))
-    )
-
-
 def documents_table(documents: Sequence[StoredDocument]) -> pa.Table:
     """The documents file's table, in the order given."""
     messages = [
@@ -153,11 +122,11 @@ def documents_table(documents: Sequence[StoredDocument]) -> pa.Table:
         "chat": [d.chat for d in documents],
         "cut": [d.cut for d in documents],
         "messages": messages,
-        "chunk_message": _lists([d.chunks.message_C for d in documents], pa.list_(pa.int32())),
-        "chunk_start": _lists([d.chunks.start_C for d in documents], pa.list_(pa.int32())),
-        "chunk_stop": _lists([d.chunks.stop_C for d in documents], pa.list_(pa.int32())),
-        "token_count": _lists([d.token_count_C for d in documents], pa.list_(pa.int32())),
-        "token_ids": _lists([d.token_ids_N for d in documents], pa.list_(pa.int32())),
+        "chunk_message": lists([d.chunks.message_C for d in documents], pa.list_(pa.int32())),
+        "chunk_start": lists([d.chunks.start_C for d in documents], pa.list_(pa.int32())),
+        "chunk_stop": lists([d.chunks.stop_C for d in documents], pa.list_(pa.int32())),
+        "token_count": lists([d.token_count_C for d in documents], pa.list_(pa.int32())),
+        "token_ids": lists([d.token_ids_N for d in documents], pa.list_(pa.int32())),
     }
     return pa.table(columns, schema=DOCUMENTS_SCHEMA)
 
@@ -170,13 +139,18 @@ def likelihoods_table(spec: CaptureSpec, draws: Sequence[tuple[StoredDocument, D
         "position": [d.position for d, _ in draws],
         "draw": [r.draw for _, r in draws],
         "timestep": np.array([r.timestep for _, r in draws], dtype=np.float32),
-        "masked": _lists([r.masked_C for _, r in draws], pa.list_(pa.bool_())),
-        "split": _lists([r.split_M for _, r in draws], pa.list_(pa.bool_())),
+        "masked": lists([r.masked_C for _, r in draws], pa.list_(pa.bool_())),
+        "split": lists([r.split_M for _, r in draws], pa.list_(pa.bool_())),
     }
+    counts = [d.token_count_C[r.masked_C] for d, r in draws]
     for context in spec.contexts:
-        arrays = [_context_arrays(spec, r.contexts[context]) for _, r in draws]
+        scores = [r.contexts[context] for _, r in draws]
+        if "topk" in spec.lanes:
+            columns |= codec.to_columns(spec, context, [TopK.of(s) for s in scores], counts)
+        arrays = [_context_arrays(spec, s) for s in scores]
         for name, kind in context_columns(spec, context).items():
-            columns[name] = _lists([a[name.removeprefix(f"{context}_")] for a in arrays], kind)
+            if name not in columns:
+                columns[name] = lists([a[name.removeprefix(f"{context}_")] for a in arrays], kind)
     return pa.table(columns, schema=schema)
 
 
@@ -186,16 +160,11 @@ def _context_arrays(spec: CaptureSpec, scores: ContextScores) -> dict[str, npt.N
     if scores.topk_ids is not None and scores.topk_logp_MK is not None and scores.log_z_MT is not None:
         arrays["topk_ids"] = scores.topk_ids
         arrays["topk_logp"] = scores.topk_logp_MK.reshape(-1)
-        arrays["log_z"] = scores.log_z_MT[:, _hot(spec)].reshape(-1)
+        arrays["log_z"] = scores.log_z_MT[:, codec.hot(spec)].reshape(-1)
     if scores.tail_ids is not None and scores.tail_logp is not None:
         arrays["tail_ids"] = scores.tail_ids
         arrays["tail_logp"] = scores.tail_logp
     return arrays
-
-
-def _hot(spec: CaptureSpec) -> list[int]:
-    """The columns of log_z_MT that are stored: all temperatures but 1."""
-    return [i for i, t in enumerate(spec.temperatures) if t != 1.0]
 
 
 def vocabulary_table(vocabulary: TeacherVocabulary) -> pa.Table:
@@ -209,26 +178,13 @@ def vocabulary_table(vocabulary: TeacherVocabulary) -> pa.Table:
 # --- from tables -------------------------------------------------------------------------------------------------
 
 
-def _flat(table: pa.Table, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """(values of all rows, row offsets) of a list column; no copy per row."""
-    column = table[name].combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # pyarrow keeps the type for columns without chunks
-        column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
-    if column.null_count:
-        raise ValueError(f"column {name}: expected a list in every row, found nulls")
-    offsets = column.offsets.to_numpy().astype(np.int64)
-    values = column.values.slice(offsets[0], offsets[-1] - offsets[0])
-    if values.null_count:
-        raise ValueError(f"column {name}: expected numbers, found nulls")
-    return values.to_numpy(zero_copy_only=False), offsets - offsets[0]
-
-
 def documents_of(table: pa.Table) -> list[StoredDocument]:
     """The stored documents, in the file's order."""
-    flat = {n: _flat(table, n) for n in ("chunk_message", "chunk_start", "chunk_stop", "token_count", "token_ids")}
+    names = ("chunk_message", "chunk_start", "chunk_stop", "token_count", "token_ids")
+    found = {name: flat(table, name) for name in names}
 
     def row(name: str, i: int, kind: Any) -> npt.NDArray[Any]:
-        values, offsets = flat[name]
+        values, offsets = found[name]
         return values[offsets[i] : offsets[i + 1]].astype(kind)
 
     plain = table.select(["document", "position", "name", "chat", "cut", "messages"]).to_pylist()
@@ -257,23 +213,34 @@ def draws_of(
     context: str,
     vocabulary: TeacherVocabulary,
 ) -> list[Draw]:
-    """The draws, in the file's order. A row's arrays are slices of the whole column's."""
-    names = ["masked", "split", *(c for x in spec.contexts for c in context_columns(spec, x))]
-    flat = {name: _flat(table, name) for name in names}
+    """The draws, in the file's order. A row's arrays are slices of the whole column's, where columns are plain.
+
+    Raises:
+        ValueError: the columns do not fit each other, or the documents.
+    """
+    masked, masked_stops = flat(table, "masked")
+    split, split_stops = flat(table, "split")
+    chunk_numbers = [np.flatnonzero(masked[a:b]) for a, b in itertools.pairwise(masked_stops)]
+    counts = [len(chunks) for chunks in chunk_numbers]
+    scores = {x: _scores_of(spec, x, table, counts) for x in spec.contexts}
     draws = []
-    plain = table.select(["document", "draw", "timestep"]).to_pylist()
-    for i, head in enumerate(plain):
-        row = {name: values[offsets[i] : offsets[i + 1]] for name, (values, offsets) in flat.items()}
-        chunks = np.flatnonzero(row["masked"])
+    for i, head in enumerate(table.select(["document", "draw", "timestep"]).to_pylist()):
+        stored = documents[head["document"]]
+        if masked_stops[i + 1] - masked_stops[i] != len(stored.chunks):
+            raise ValueError(f"row {i}: another number of chunks than its document has")
+        for x in spec.contexts:
+            count_M = scores[x][i][1]
+            if count_M is not None and not np.array_equal(count_M, stored.token_count_C[chunk_numbers[i]]):
+                raise ValueError(f"row {i}: other tokens per chunk in {x} than its document has")
         draws.append(
             Draw(
                 document=head["document"],
-                stored=documents[head["document"]],
+                stored=stored,
                 draw=head["draw"],
                 timestep=head["timestep"],
-                chunks=chunks,
-                split=row["split"],
-                scores={x: _scores_of(spec, x, row, len(chunks)) for x in spec.contexts},
+                chunks=chunk_numbers[i],
+                split=split[split_stops[i] : split_stops[i + 1]],
+                scores={x: scores[x][i][0] for x in spec.contexts},
                 context=context,
                 vocabulary=vocabulary,
             )
@@ -281,21 +248,25 @@ def draws_of(
     return draws
 
 
-def _scores_of(spec: CaptureSpec, context: str, row: Mapping[str, npt.NDArray[Any]], count: int) -> ContextScores:
-    """One context's scores of a row with `count` masked chunks."""
-    gold_logp_N = row[f"{context}_gold_logp"]
+def _scores_of(
+    spec: CaptureSpec, context: str, table: pa.Table, counts: Sequence[int]
+) -> list[tuple[ContextScores, IntArray | None]]:
+    """One context's scores of each row, which has so many masked chunks; and their teacher tokens if its columns say."""
+    gold, stops = flat(table, f"{context}_gold_logp")
+    gold_N = [gold[a:b] for a, b in itertools.pairwise(stops)]
     if "topk" not in spec.lanes:
-        return ContextScores(gold_logp_N)
-    log_z_MT = np.zeros((count, len(spec.temperatures)), dtype=np.float32)
-    log_z_MT[:, _hot(spec)] = row[f"{context}_log_z"].reshape(count, len(_hot(spec)))
-    return ContextScores(
-        gold_logp_N=gold_logp_N,
-        log_z_MT=log_z_MT,
-        topk_ids=row[f"{context}_topk_ids"],
-        topk_logp_MK=row[f"{context}_topk_logp"].reshape(count, spec.k),
-        tail_ids=row[f"{context}_tail_ids"] if spec.tail_samples else None,
-        tail_logp=row[f"{context}_tail_logp"] if spec.tail_samples else None,
-    )
+        return [(ContextScores(gold_logp_N), None) for gold_logp_N in gold_N]
+    topk = codec.of_columns(spec, context, table, counts, np.diff(stops).tolist())
+    tails: list[tuple[IdArray | None, FloatArray | None]] = [(None, None)] * len(topk)
+    if spec.tail_samples:
+        ids, id_stops = flat(table, f"{context}_tail_ids")
+        logp, logp_stops = flat(table, f"{context}_tail_logp")
+        bounds = zip(itertools.pairwise(id_stops), itertools.pairwise(logp_stops), strict=True)
+        tails = [(ids[a:b], logp[c:d]) for (a, b), (c, d) in bounds]
+    return [
+        (ContextScores(gold_logp_N, t.log_z_MT, t.ids, t.logp_MK, tail_ids, tail_logp), t.count_M)
+        for gold_logp_N, t, (tail_ids, tail_logp) in zip(gold_N, topk, tails, strict=True)
+    ]
 
 
 # --- content digests ---------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ SUPERSEDED = "superseded"  # columns that a later file replaces; nobody reads th
 
 LANE_OF_COLUMN = {
     "gold_logp": "gold",
+    "topk_packed": "topk",
     "topk_ids": "topk",
     "topk_logp": "topk",
     "log_z": "topk",

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from shared.cache.bits import MAX_WIDTH, BitReader, BitWriter, VarintReader, unzigzag, varints, zigzag
 from shared.cache.grid import COARSE, MAX_FIRST, MAX_VALUE, SHIFTS, STEP, Levels
+from shared.errors import TidecacheError
 from shared.ragged import ranges
 
 VERSION = 1
@@ -55,14 +56,20 @@ def encode(fillings: Fillings) -> bytes:
     """The bytes of a draw; none for a draw without a masked chunk.
 
     Raises:
-        ValueError: an id outside of the vocabulary, or more than `MAX_ROW_VALUES` ids.
+        ValueError: an id outside of the vocabulary.
+        TidecacheError: more than `MAX_ROW_VALUES` ids.
     """
     levels, count_M, ids = fillings.levels, fillings.count_M.astype(np.int64), fillings.ids
     chunks, k = levels.level_MK.shape
     if not chunks:
         return b""
-    if len(ids) > MAX_ROW_VALUES or not 0 <= int(ids.min()) <= int(ids.max()) < fillings.vocabulary:
-        raise ValueError(f"expected at most {MAX_ROW_VALUES} ids, each below {fillings.vocabulary}")
+    if len(ids) > MAX_ROW_VALUES:
+        raise TidecacheError(
+            f"a draw has {len(ids)} candidate ids, at most {MAX_ROW_VALUES} fit the codec `packed`: capture with "
+            f"--codec raw, a smaller --k or a smaller --length"
+        )
+    if not 0 <= int(ids.min()) <= int(ids.max()) < fillings.vocabulary:
+        raise ValueError(f"expected ids below {fillings.vocabulary}")
     head = [VERSION, fillings.vocabulary, k, levels.log_z_MH.shape[1], levels.step, int(count_M.sum()), chunks]
     bits = BitWriter()
     ends_N = np.zeros(int(count_M.sum()), dtype=np.int64)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.cache import format
+from shared.cache import codec, format
 from shared.cache.records import ContextScores, StoredDocument
 from shared.documents import Chunks, Message
 from tests.shared.cache import synthetic
@@ -21,34 +21,34 @@ LOGPS = st.lists(st.floats(-200.0, -(2.0**-60), width=32), min_size=1, max_size=
 
 @given(LOGPS, st.integers(2, 24))
 def test_rounding_is_to_nearest(values, bits):
-    rounded = format.round_significant(values, bits)
+    rounded = codec.round_significant(values, bits)
     mantissa, _ = np.frexp(rounded.astype(np.float64))
     np.testing.assert_array_equal(mantissa * 2.0**bits, np.rint(mantissa * 2.0**bits))
     unit = 2.0 ** (np.frexp(values.astype(np.float64))[1] - bits)
     assert (np.abs(rounded.astype(np.float64) - values) <= unit / 2).all()
-    np.testing.assert_array_equal(format.round_significant(rounded, bits), rounded)
+    np.testing.assert_array_equal(codec.round_significant(rounded, bits), rounded)
 
 
 @given(LOGPS)
 def test_the_stated_errors_hold(values):
     """docs/cache-format.md: 2^-11 of the value; 0.004 nats for values from −8 to −16."""
-    error = np.abs(format.round_significant(values, format.LOGP_BITS).astype(np.float64) - values)
+    error = np.abs(codec.round_significant(values, codec.LOGP_BITS).astype(np.float64) - values)
     assert (error <= np.abs(values) * 2.0**-11).all()
     assert (error[np.abs(values) <= 16.0] <= 0.004).all()
 
 
 @given(LOGPS)
 def test_rounding_keeps_the_order(values):
-    assert (np.diff(format.round_significant(np.sort(values), format.LOGP_BITS)) >= 0).all()
+    assert (np.diff(codec.round_significant(np.sort(values), codec.LOGP_BITS)) >= 0).all()
 
 
 def test_rounding_ties_to_even():
     ties = np.array([1 + 2.0**-11, 1 + 3 * 2.0**-11, -(1 + 2.0**-11)], dtype=np.float32)
-    np.testing.assert_array_equal(format.round_significant(ties, 11), np.array([1, 1 + 2 * 2.0**-10, -1], np.float32))
+    np.testing.assert_array_equal(codec.round_significant(ties, 11), np.array([1, 1 + 2 * 2.0**-10, -1], np.float32))
 
 
 def test_zero_stays_zero():
-    np.testing.assert_array_equal(format.round_significant(np.zeros(2, np.float32), 11), 0.0)
+    np.testing.assert_array_equal(codec.round_significant(np.zeros(2, np.float32), 11), 0.0)
 
 
 def rows(spec, documents=3, draws=2):
@@ -79,6 +79,10 @@ def assert_same_scores(a: ContextScores, b: ContextScores) -> None:
         {"lanes": ("gold",), "contexts": ("plain",)},
         {"temperatures": (2.0, 1.0, 0.5), "k": 1},
         {"temperatures": (1.0,)},
+        {"codec": "packed", "contexts": ("compdemo", "plain"), "tail_samples": 3},
+        {"codec": "packed", "temperatures": (2.0, 1.0, 0.5), "k": 1},
+        {"codec": "packed", "temperatures": (1.0,), "k": 9},
+        {"codec": "packed", "lanes": ("gold",)},
     ],
     ids=str,
 )

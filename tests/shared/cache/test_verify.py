@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shared.cache import format, open_cache, parquet
+from shared.cache import codec, open_cache, parquet
 from shared.cache import manifest as manifests
 from shared.cache.manifest import FileRecord
 from shared.cache.verify import verify
@@ -230,6 +230,4 @@ def test_stored_values_keep_to_the_stated_precision(folder):
     """What the files hold is already rounded: rounding again changes nothing."""
     for draw in open_cache(folder).iter_draws():
         scores = draw.scores["compdemo"]
-        np.testing.assert_array_equal(
-            format.round_significant(scores.gold_logp_N, format.LOGP_BITS), scores.gold_logp_N
-        )
+        np.testing.assert_array_equal(codec.round_significant(scores.gold_logp_N, codec.LOGP_BITS), scores.gold_logp_N)

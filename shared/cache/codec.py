@@ -1,0 +1,164 @@
+"""The one place that knows a topk lane's codecs: which columns it has, what they do to values, and how these come back.
+
+`raw`: lists of numbers that any Parquet reader can use; log-likelihoods are float32 rounded to 11 significant bits, and
+zstd stores little more than those: half a unit in the last place is at most 0.004 nats for values from −8 to −16, and
+never more than 2^-11 of the value. log Z keeps 16 bits, since the tail mass is a small difference.
+`packed`: one column of bytes, a third as large (`shared.cache.packed`). Each row says all that is needed to decode it; ids
+are exact, log-likelihoods lie on the grid of `shared.cache.grid`.
+
+Tail samples stand beside either as raw columns. Shapes as in `shared.cache.records`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from shared.cache import columns, grid, packed
+from shared.cache.parquet import MAX_VALUES
+from shared.cache.records import ContextScores, FloatArray, IdArray, IntArray
+from shared.spec import CaptureSpec
+
+LOGP_BITS = 11  # significant bits of stored log-likelihoods
+LOG_Z_BITS = 16
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The topk lane of one draw in one context, without tail samples. `count_M`: teacher tokens of each masked chunk,
+    None where the columns do not say.
+    """
+
+    ids: IdArray
+    logp_MK: FloatArray
+    log_z_MT: FloatArray
+    count_M: IntArray | None = None
+
+    @classmethod
+    def of(cls, scores: ContextScores) -> TopK:
+        """Those of a record.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if scores.topk_ids is None or scores.topk_logp_MK is None or scores.log_z_MT is None:
+            raise ValueError("the spec has a topk lane and the scores none")
+        return cls(scores.topk_ids, scores.topk_logp_MK, scores.log_z_MT)
+
+
+def round_significant(values: npt.ArrayLike, bits: int) -> npt.NDArray[np.float32]:
+    """Finite float32 values rounded to nearest, ties to even, with `bits` significant bits (24 change nothing)."""
+    raw = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    drop = np.uint32(24 - bits)
+    if drop == 0:
+        return raw.view(np.float32)
+    half = (np.uint32(1) << (drop - np.uint32(1))) - np.uint32(1)
+    rounded = raw + half + ((raw >> drop) & np.uint32(1))
+    return (rounded & ~((np.uint32(1) << drop) - np.uint32(1))).view(np.float32)
+
+
+def hot(spec: CaptureSpec) -> list[int]:
+    """The columns of log_z_MT that are stored: all temperatures but 1, where log Z is 0."""
+    return [i for i, t in enumerate(spec.temperatures) if t != 1.0]
+
+
+def columns_of(spec: CaptureSpec, context: str) -> dict[str, pa.DataType]:
+    """The columns of one context's topk lane, in order, without those of tail samples."""
+    if spec.codec == "packed":
+        return {f"{context}_topk_packed": pa.binary()}
+    return {
+        f"{context}_topk_ids": pa.list_(pa.int32()),
+        f"{context}_topk_logp": pa.list_(pa.float32()),
+        f"{context}_log_z": pa.list_(pa.float32()),
+    }
+
+
+def stored(spec: CaptureSpec, topk: TopK) -> TopK:
+    """What a reader gets back, to the bit; what is stored already stays what it is, also its first fillings alone.
+
+    Raises:
+        TidecacheError: a log Z beyond what the codec holds.
+    """
+    ids = np.ascontiguousarray(topk.ids, dtype=np.int32)
+    if spec.codec == "packed":
+        levels = _levels(spec, topk)
+        return TopK(ids, levels.logp_MK, _with_one(spec, levels.log_z))
+    return TopK(ids, round_significant(topk.logp_MK, LOGP_BITS), round_significant(topk.log_z_MT, LOG_Z_BITS))
+
+
+def to_columns(
+    spec: CaptureSpec, context: str, rows: Sequence[TopK], counts: Sequence[IntArray]
+) -> dict[str, pa.Array]:
+    """The columns of all draws in one context; `rows` must be `stored` already, `counts` are the chunks' teacher tokens.
+
+    Raises:
+        TidecacheError: more values than a row or a file may have.
+    """
+    if spec.codec == "packed":
+        vocabulary = spec.teacher.vocabulary
+        draws = [packed.Fillings(vocabulary, n, r.ids, _levels(spec, r)) for r, n in zip(rows, counts, strict=True)]
+        return {f"{context}_topk_packed": pa.array([packed.encode(d) for d in draws], pa.binary())}
+    arrays: dict[str, list[npt.NDArray[Any]]] = {
+        "topk_ids": [r.ids for r in rows],
+        "topk_logp": [r.logp_MK.reshape(-1) for r in rows],
+        "log_z": [r.log_z_MT[:, hot(spec)].reshape(-1) for r in rows],
+    }
+    kinds = columns_of(spec, context)
+    return {f"{context}_{name}": columns.lists(a, kinds[f"{context}_{name}"]) for name, a in arrays.items()}
+
+
+def of_columns(
+    spec: CaptureSpec, context: str, table: pa.Table, chunks: Sequence[int], tokens: Sequence[int]
+) -> list[TopK]:
+    """The inverse of `to_columns` for rows of which each has so many masked chunks and teacher tokens in them.
+
+    Raises:
+        ValueError: the columns are not what a writer writes.
+    """
+    if spec.codec == "packed":
+        return _unpacked(spec, f"{context}_topk_packed", table, chunks, tokens)
+    ids, id_stops = columns.flat(table, f"{context}_topk_ids")
+    logp, logp_stops = columns.flat(table, f"{context}_topk_logp")
+    log_z, log_z_stops = columns.flat(table, f"{context}_log_z")
+    return [
+        TopK(
+            ids[id_stops[i] : id_stops[i + 1]],
+            logp[logp_stops[i] : logp_stops[i + 1]].reshape(count, spec.k),
+            _with_one(spec, log_z[log_z_stops[i] : log_z_stops[i + 1]].reshape(count, len(hot(spec)))),
+        )
+        for i, count in enumerate(chunks)
+    ]
+
+
+def _levels(spec: CaptureSpec, topk: TopK) -> grid.Levels:
+    return grid.quantise(topk.logp_MK, topk.log_z_MT[:, hot(spec)], [t for t in spec.temperatures if t != 1.0])
+
+
+def _unpacked(
+    spec: CaptureSpec, name: str, table: pa.Table, chunks: Sequence[int], tokens: Sequence[int]
+) -> list[TopK]:
+    if spec.k * sum(tokens) > MAX_VALUES:
+        raise ValueError(f"column {name}: {spec.k * sum(tokens)} ids, more than a file can have")
+    rows = []
+    for row, data in enumerate(columns.binaries(table, name)):
+        try:
+            found = packed.decode(
+                data, spec.teacher.vocabulary, spec.k, len(hot(spec)), int(tokens[row]), int(chunks[row])
+            )
+        except ValueError as error:
+            raise ValueError(f"column {name}, row {row}: {error}") from error
+        log_z_MT = _with_one(spec, found.levels.log_z)
+        rows.append(TopK(found.ids, found.levels.logp_MK, log_z_MT, found.count_M))
+    return rows
+
+
+def _with_one(spec: CaptureSpec, log_z_MH: FloatArray) -> FloatArray:
+    """log Z at all temperatures of the spec."""
+    log_z_MT = np.zeros((len(log_z_MH), len(spec.temperatures)), dtype=np.float32)
+    log_z_MT[:, hot(spec)] = log_z_MH
+    return log_z_MT
