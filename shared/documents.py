@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +52,11 @@ def document_key(messages: tuple[Message, ...], chat: bool) -> str:
         [chat, [[m.role, m.content, m.trainable] for m in messages]], ensure_ascii=True, separators=(",", ":")
     )
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def corpus_digest(keys: Iterable[str]) -> str:
+    """BLAKE2b-16 over the keys of consecutive documents: what a complete shard remembers of its corpus."""
+    return hashlib.blake2b("".join(keys).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

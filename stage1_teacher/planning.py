@@ -23,7 +23,7 @@ from pathlib import Path
 
 from shared.cache.manifest import Receipt
 from shared.cache.records import ShardRange
-from shared.documents import RawDocument
+from shared.documents import RawDocument, corpus_digest
 from shared.errors import TidecacheError
 
 
@@ -102,7 +102,7 @@ def segments(
         digests.add(first, documents)
         if part.holds(first, documents_per_shard):
             missing = tuple(_gaps([(r.first_draw, r.draw_stop) for r in covering], draws))
-            yield Segment(first, documents, missing, corpus_digest(documents))
+            yield Segment(first, documents, missing, corpus_digest(d.key for d in documents))
         first += len(documents)
 
 
@@ -115,11 +115,6 @@ def _gaps(ranges: Sequence[tuple[int, int]], stop: int) -> Iterator[tuple[int, i
         first = max(first, b)
     if first < stop:
         yield first, stop
-
-
-def corpus_digest(documents: Iterable[RawDocument]) -> str:
-    """BLAKE2b-16 over the documents' keys in order: what a complete shard remembers of its corpus."""
-    return hashlib.blake2b("".join(d.key for d in documents).encode(), digest_size=16).hexdigest()
 
 
 class RangeDigests:

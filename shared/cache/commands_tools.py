@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shared.embedded import EMBEDDED, embedded_or
+from shared.errors import TidecacheError
+
+if TYPE_CHECKING:
+    from shared.cache.manifest import Manifest
 
 CachePath = Annotated[str, typer.Argument(help="The cache's folder, or an address.", metavar="CACHE")]
+OutPath = Annotated[Path, typer.Option(help="Folder for the new cache.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the group, in the order of the help."""
     app.command()(coverage)
+    app.command()(merge)
+    app.command("slice")(slice_)
+
+
+def describe(folder: Path, manifest: Manifest, held_out: Manifest | None) -> str:
+    """What a new cache holds, in a line."""
+    totals, size = manifest.totals, manifest.totals.size_bytes
+    inner = ""
+    if held_out is not None:
+        size += held_out.totals.size_bytes
+        inner = f", {held_out.totals.documents:,} documents held out"
+    return f"{folder}: {totals.documents:,} documents, {totals.draws:,} draws{inner}, {size:,} bytes"
 
 
 def coverage(
@@ -54,3 +71,47 @@ def coverage(
 def _name(source: str) -> str:
     """A tokenizer's last part, as elsewhere."""
     return Path(source).name
+
+
+def slice_(
+    cache: CachePath,
+    out: OutPath,
+    documents: Annotated[int | None, typer.Option(min=1, help="The first so many documents.")] = None,
+    draws: Annotated[int | None, typer.Option(min=1, help="The first so many draws of each document.")] = None,
+    context: Annotated[list[str] | None, typer.Option(help="Only this context. May be repeated.")] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="The so many best candidates of each chunk.")] = None,
+    drop_lane: Annotated[str | None, typer.Option(metavar="topk", help="Without this lane.")] = None,
+) -> None:
+    """Make a smaller cache: fewer documents, draws, contexts, candidates or lanes.
+
+    The result is the cache that a capture with the smaller settings would have written, and can be extended like one.
+
+    If it is stopped, the same command goes on.
+    """
+    from shared.cache.slicing import Cut, slice_cache
+
+    if drop_lane not in (None, "topk"):
+        raise TidecacheError(f"--drop-lane: expected topk, found {drop_lane!r}: the gold lane is always there")
+    cut = Cut(documents, draws, tuple(context) if context else None, k, drop_lane is not None)
+    sliced = slice_cache(cache, out, cut)
+    typer.echo(f"{describe(out, sliced.manifest, sliced.held_out)}, of {sliced.source_bytes:,} bytes")
+    if sliced.lost_tail_samples:
+        typer.echo("without tail samples: they lie beyond the k best candidates of the larger cache")
+
+
+def merge(
+    caches: Annotated[list[str], typer.Argument(help="Folders, or addresses.", metavar="CACHE…")],
+    out: OutPath,
+) -> None:
+    """Make one cache of several that were captured in parts.
+
+    They must have the same spec, and be parts of one corpus (as `teacher capture --part` makes them). Shards are copied
+    as they are; whatever does not fit together is refused, and nothing is written then.
+
+    If it is stopped, the same command goes on.
+    """
+    from shared.cache.merging import merge_caches
+
+    merged = merge_caches(caches, out)
+    repeated = f"; {merged.repeated} shards were there more than once" if merged.repeated else ""
+    typer.echo(f"{describe(out, merged.manifest, merged.held_out)}{repeated}")

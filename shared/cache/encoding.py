@@ -6,7 +6,7 @@ Encoding needs the spec alone and no folder: so it may happen on another machine
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from shared.cache import format
 from shared.cache.manifest import SHARDS_FOLDER, FileRecord, Receipt
 from shared.cache.parquet import encode
 from shared.cache.records import ContextScores, DrawRecord, ShardRange, StoredDocument
-from shared.cache.statistics import count_shard, shard_statistics
+from shared.cache.statistics import ContextStatistics, count_shard, shard_statistics
 from shared.documents import Dropped, PreparedDocument
 from shared.errors import TidecacheError
 from shared.spec import FORMAT_VERSION, CaptureSpec
@@ -50,9 +50,26 @@ def encode_shard(
         ValueError: records that do not fit their documents or the range (a defect of the caller).
     """
     stored = [format.stored_document(p, d) for p, d in sorted(documents, key=lambda item: item[0])]
+    return encode_stored(spec, shard, stored, dropped, draws, corpus_digest, batch_tokens)
+
+
+def encode_stored(
+    spec: CaptureSpec,
+    shard: ShardRange,
+    stored: Sequence[StoredDocument],
+    dropped: Sequence[tuple[int, Dropped]],
+    draws: Sequence[DrawRecord],
+    corpus_digest: str,
+    batch_tokens: int,
+    statistics: Mapping[str, ContextStatistics] | None = None,
+) -> EncodedShard:
+    """`encode_shard` for documents as a cache holds them, in order of position, as one cache is made of another.
+
+    `statistics`: those of the footer, where the exact scores that they come from are not at hand.
+    """
     rows = _rows(spec, shard, stored, draws)
     documents_file, documents_content = _documents_file(spec, shard, stored, sorted(dropped, key=lambda item: item[0]))
-    likelihoods_file, content = _likelihoods_file(spec, shard, rows, batch_tokens)
+    likelihoods_file, content = _likelihoods_file(spec, shard, rows, batch_tokens, statistics)
     receipt = Receipt(
         range=shard,
         fingerprint=spec.fingerprint,
@@ -83,11 +100,15 @@ def _documents_file(
 
 
 def _likelihoods_file(
-    spec: CaptureSpec, shard: ShardRange, rows: Sequence[tuple[StoredDocument, DrawRecord]], batch_tokens: int
+    spec: CaptureSpec,
+    shard: ShardRange,
+    rows: Sequence[tuple[StoredDocument, DrawRecord]],
+    batch_tokens: int,
+    statistics: Mapping[str, ContextStatistics] | None,
 ) -> tuple[tuple[FileRecord, bytes], str]:
     """((record, bytes), the sum of the rows' digests)."""
     scores = [{x: format.stored_scores(spec, r.contexts[x]) for x in spec.contexts} for _, r in rows]
-    statistics = shard_statistics(spec, rows, scores)
+    statistics = statistics or shard_statistics(spec, rows, scores)
     rounded = [
         (d, DrawRecord(r.position, r.draw, r.timestep, r.masked_C, r.split_M, s))
         for (d, r), s in zip(rows, scores, strict=True)

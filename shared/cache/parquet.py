@@ -74,11 +74,11 @@ def footer_of(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     return {k[len(prefix) :].decode(): json.loads(v) for k, v in (metadata or {}).items() if k.startswith(prefix)}
 
 
-def open_parquet(root: Folder, record: FileRecord) -> pq.ParquetFile:
-    """A data file, read whole, its length and digest checked against its record, its footer parsed.
+def read_data(root: Folder, record: FileRecord) -> bytes:
+    """A data file, whole, its length and digest checked against its record.
 
     Raises:
-        DamagedError: missing, truncated, changed, or claiming more values than a shard can have.
+        DamagedError: missing, truncated or changed.
     """
     path = root / record.path
     data = files.read(root, record.path, MAX_FILE_BYTES, REMEDY)
@@ -88,6 +88,24 @@ def open_parquet(root: Folder, record: FileRecord) -> pq.ParquetFile:
     if files.digest(data) != record.digest:
         finding = f"expected the digest {record.digest}, found {files.digest(data)}: damaged"
         raise files.DamagedError(path, finding, REMEDY)
+    return data
+
+
+def open_parquet(root: Folder, record: FileRecord) -> pq.ParquetFile:
+    """A data file, read whole and checked as by `read_data`, its footer parsed.
+
+    Raises:
+        DamagedError: missing, truncated, changed, or claiming more values than a shard can have.
+    """
+    return parse_parquet(read_data(root, record), root / record.path)
+
+
+def parse_parquet(data: bytes, path: Folder) -> pq.ParquetFile:
+    """The bytes of a data file, its footer parsed; `path` is for messages.
+
+    Raises:
+        DamagedError: no Parquet file, or it claims more values than a shard can have.
+    """
     return _parse(pa.BufferReader(data), path)
 
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.cache.records import ShardRange
+from shared.documents import corpus_digest
 from shared.errors import TidecacheError
-from stage1_teacher.planning import ShardPart, corpus_digest, segments
+from stage1_teacher.planning import ShardPart, segments
 from tests.stage1_teacher.captures import raw
 
 CORPUS = [raw(f"text {i}", str(i)) for i in range(60)]
@@ -19,7 +20,9 @@ OUT = Path("out")
 
 
 def receipt(shard: ShardRange, corpus=CORPUS) -> SimpleNamespace:
-    return SimpleNamespace(range=shard, corpus=corpus_digest(corpus[shard.first_document : shard.document_stop]))
+    return SimpleNamespace(
+        range=shard, corpus=corpus_digest(d.key for d in corpus[shard.first_document : shard.document_stop])
+    )
 
 
 def run(length: int, completed: list, draws: int, size: int) -> list:

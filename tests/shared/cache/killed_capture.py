@@ -37,7 +37,7 @@ def run_forked(folder: Path, kill_at: int) -> bool:
     """Capture in a child that kills itself before its `kill_at`-th step on the disk; whether it was killed."""
     child = os.fork()
     if child == 0:
-        _arm(kill_at)
+        arm(kill_at)
         capture(folder, FEW_SHARDS)
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -47,7 +47,8 @@ def run_forked(folder: Path, kill_at: int) -> bool:
     return False
 
 
-def _arm(kill_at: int) -> None:
+def arm(kill_at: int) -> None:
+    """Kill this process before its `kill_at`-th step on the disk."""
     steps = 0
 
     def counted(function):
