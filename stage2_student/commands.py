@@ -85,6 +85,9 @@ def train(
     epochs: Annotated[float | None, typer.Option(help="Passes over the documents, where steps is 0.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; 0: from epochs.")] = None,
     precision: Annotated[str | None, typer.Option(help="float32 or bf16.")] = None,
+    activation_checkpointing: Annotated[
+        bool | None, typer.Option(help="Compute layers again in backward instead of keeping their activations.")
+    ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Rank of LoRA adapters; 0: train all weights.")] = None,
     lora_alpha: Annotated[int | None, typer.Option(help="LoRA's α; adapters are scaled by α / rank.")] = None,
     lora_targets: Annotated[str | None, typer.Option(help="all-linear, or module names with commas.")] = None,
@@ -92,6 +95,9 @@ def train(
     logging_steps: Annotated[int | None, typer.Option(help="Steps between log lines.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0: only the result.")] = None,
     workers: Annotated[int | None, typer.Option(help="Loader processes.")] = None,
+    peak_tflops: Annotated[
+        float | None, typer.Option(help="TFLOP/s of one device, which MFU is a share of; 0: measured.")
+    ] = None,
 ) -> None:
     """Train a student from a cache.
 
@@ -111,7 +117,7 @@ def train(
     summary = run.train(
         config, source, model, target, report_to=report_to or (), resume=resume, stop_before_training=dry_run
     )
-    if not dry_run:
+    if not dry_run and int(os.environ.get("RANK", "0")) == 0:
         typer.echo(f"trained {summary['steps']} steps in {summary['seconds']:.0f} s; checkpoint: {target}")
 
 

@@ -65,7 +65,9 @@ class TrainConfig:
     `fresh` is a share of the rows, or `auto`. `block_start`: blocks count from the sequence's first token, as the paper
     trains, or from the response's, as it samples. `min_coverage`: least share of masked chunks that must carry a
     teacher's score. `lora_rank` 0 trains all weights; else adapters of that rank on the modules `lora_targets`
-    (`all-linear`, or names with commas between), scaled by `lora_alpha` / `lora_rank`.
+    (`all-linear`, or names with commas between), scaled by `lora_alpha` / `lora_rank`. `activation_checkpointing`
+    computes each layer again in backward instead of keeping what it computed. `peak_tflops`: of one device, what MFU is
+    a share of; 0: measured.
     """
 
     objective: str = "reverse-calm"
@@ -96,6 +98,7 @@ class TrainConfig:
     epochs: float = 3.0
     steps: int = 0
     precision: str = "float32"
+    activation_checkpointing: bool = False
     lora_rank: int = 0
     lora_alpha: int = 32
     lora_targets: str = "all-linear"
@@ -103,6 +106,7 @@ class TrainConfig:
     logging_steps: int = 1
     save_steps: int = 500
     workers: int = 0
+    peak_tflops: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what no run can mean."""

@@ -23,13 +23,19 @@ from stage2_student.objectives import Mean
 
 @dataclass(frozen=True)
 class BatchLosses:
-    """Parts of the two means, and what is logged about them. Log-likelihoods in nats at temperature 1."""
+    """Parts of the two means, and, without gradient, what is logged about them. Log-likelihoods in nats at temperature 1."""
 
     ce: Mean
     distill: Mean
-    nll_sum: Tensor  # Σ −log p of masked tokens, unweighted
+    nll_N: Tensor  # −log p of masked tokens, unweighted
     student_logp_C: Tensor
-    weight_sum: Tensor  # Σ over scored chunks of the effective TIDAL weight
+    distill_C: Tensor  # before any weight
+    weight_C: Tensor  # the effective TIDAL weight: the target's λ in `interpolate`, else the factor of the loss
+
+
+# Wrappers such as FSDP hook the tensors of what a forward pass returns: they must find them.
+for _part in (Mean, BatchLosses):
+    torch.export.register_dataclass(_part)
 
 
 @dataclass(frozen=True)
@@ -95,9 +101,10 @@ def batch_losses(hidden_ND: Tensor, head: Head, batch: Batch, config: TrainConfi
     return BatchLosses(
         ce=ce,
         distill=objectives.weighted(loss_C, weight_C),
-        nll_sum=nll_N.detach().sum(),
+        nll_N=nll_N.detach(),
         student_logp_C=student_logp_C.detach(),
-        weight_sum=(strength_C if config.tidal == "interpolate" else weight_C).sum(),
+        distill_C=loss_C.detach(),
+        weight_C=strength_C if config.tidal == "interpolate" else weight_C,
     )
 
 

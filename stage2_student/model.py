@@ -248,6 +248,11 @@ class TrainableStudent(nn.Module):
         hidden_ND = masked_hidden(self.model, batch, self.train_config.block_size)
         return batch_losses(hidden_ND, self._head(), batch, self.train_config, progress)
 
+    @property
+    def _no_split_modules(self) -> Any:
+        """Names of the layer classes, where FSDP looks for what to shard one by one."""
+        return self.model._no_split_modules
+
     def _head(self) -> Head:
         """Made anew for each pass: wrappers may replace the parameters; what follows the product stays."""
         linear = self.model.get_output_embeddings()

@@ -30,12 +30,20 @@ from shared.cache.stream import DrawStream
 from shared.errors import TidecacheError
 from stage2_student import adapters, tidal
 from stage2_student.batch import Collator
+from stage2_student.callbacks import LOG_FILE, Display, LogFile
 from stage2_student.config import AUTO, METADATA_FILE, TrainConfig, automatic_fresh, require
 from stage2_student.data import RowMaker
 from stage2_student.dataset import TrainingRows
 from stage2_student.losses import Counts, total
-from stage2_student.model import Student, TrainableStudent, TrainedFrom, load_metadata, load_student
-from stage2_student.trainer import LOG_FILE, LogFile, ProgressBar, StudentTrainer, training_arguments
+from stage2_student.model import (
+    Student,
+    TrainableStudent,
+    TrainedFrom,
+    load_metadata,
+    load_student,
+    restore_student,
+)
+from stage2_student.trainer import StudentTrainer, fsdp_wanted, training_arguments
 
 COVERAGE_DRAWS = 64  # rows that the plan looks at for coverage and length
 
@@ -283,6 +291,7 @@ def train(
     console = console or Console(stderr=True)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    _check_launch(config)
     if not stop_before_training:
         _check_out(out, resume)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -295,17 +304,19 @@ def train(
             console.print("note: the base had no mask token; one was added, with the mean of all embeddings")
     if stop_before_training:
         return {"loss": dry_run(config, prepared, console)}
+    checkpoint = _last_checkpoint(out) if resume else None
+    if checkpoint is not None:
+        _check_resumable(config, prepared.trained_from, Path(checkpoint))
+        restore_student(prepared.student.model, Path(checkpoint))
+    display = Display(console)
     trainer = StudentTrainer(
         prepared.student,
         prepared.rows,
         config,
         training_arguments(config, out, plan.steps, report_to),
         prepared.trained_from,
-        callbacks=[LogFile(out), ProgressBar(console)],
+        callbacks=[LogFile(out), display],
     )
-    checkpoint = _last_checkpoint(out) if resume else None
-    if checkpoint is not None:
-        _check_resumable(config, prepared.trained_from, Path(checkpoint))
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except OSError as error:
@@ -313,9 +324,24 @@ def train(
             f"{out}: a checkpoint or log cannot be written ({error.strerror or error}): free some space and run the "
             "same command with --resume"
         ) from error
+    finally:
+        display.close()
     trainer.save_model(str(out))
     seconds = float(result.metrics["train_runtime"])
     return {"steps": plan.steps, "rows": plan.rows, "seconds": seconds, "loss": float(result.training_loss)}
+
+
+def _check_launch(config: TrainConfig) -> None:
+    """What `accelerate launch` was asked for must be something that is trained here."""
+    if not fsdp_wanted():
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise TidecacheError("FSDP 1 is not supported: pass --fsdp_version 2 to `accelerate launch`")
+    if config.lora_rank:
+        raise TidecacheError(
+            "lora_rank: adapters are not trained under FSDP2: leave --use_fsdp out of `accelerate launch` (the frozen "
+            "weights then lie in every process), or pass --lora-rank 0"
+        )
 
 
 def _last_checkpoint(out: Path) -> str | None:

@@ -2,36 +2,42 @@
 
 What differs: a step's means run over all its rows, whatever the ranks and accumulation steps (DESIGN §6), so the counts
 are taken from all micro-batches of a step before the first of them is run; rows come in the order of their numbers; a
-loss that is not finite stops the run and names the documents; the parts of the loss are logged. Checkpoints are plain
-Hugging Face folders with safetensors. Optimiser and random states, read only to resume, are Trainer's own files; it
-loads them with `weights_only=True`, which unpickles no code.
+loss or gradient that is not finite stops the run before the optimiser's step, saves the state and names the documents.
+Checkpoints are plain Hugging Face folders with safetensors, also of a model that FSDP2 has in shards, and appear whole
+or not at all (`checkpoints`). Optimiser and random states, read only to resume, are Trainer's own files; it loads them
+with `weights_only=True`, which unpickles no code.
+
+Weights are float32 always. In bf16 the products are computed in bf16 (autocast, or FSDP2's policy), while weights,
+optimiser states and the sums of gradients over ranks stay float32, so that small updates are not lost.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import time
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from shared.errors import TidecacheError
-from stage2_student import tidal
+from stage2_student import insight, tidal
 from stage2_student.batch import Batch, Collator
 from stage2_student.config import TrainConfig
 from stage2_student.dataset import Failure, OrFailure, TrainingRows
 from stage2_student.losses import BatchLosses, Counts, total
-from stage2_student.model import Student, TrainableStudent, TrainedFrom, input_and_output, restore_student, save_student
+from stage2_student.model import Student, TrainableStudent, TrainedFrom, save_student
 
-LOG_FILE = "train_log.jsonl"
+NOT_FINITE_FILE = "not_finite.json"
+NAMED = 16  # documents in the message of a run that stopped; all are in the file
 
 
 def training_arguments(config: TrainConfig, out: Path, steps: int, report_to: Sequence[str] = ()) -> TrainingArguments:
@@ -41,12 +47,14 @@ def training_arguments(config: TrainConfig, out: Path, steps: int, report_to: Se
         max_steps=steps,
         per_device_train_batch_size=config.batch,
         gradient_accumulation_steps=config.accumulation,
+        gradient_checkpointing=config.activation_checkpointing,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.scheduler,
         warmup_steps=math.ceil(config.warmup * steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=config.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),
         seed=config.seed,
         logging_steps=config.logging_steps,
         logging_first_step=True,
@@ -60,11 +68,17 @@ def training_arguments(config: TrainConfig, out: Path, steps: int, report_to: Se
         label_names=[],
         dataloader_num_workers=config.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # every trained weight has a part in every loss
     )
     if arguments.n_gpu > 1:
         # Several GPUs belong to several processes (`accelerate launch`); nn.DataParallel cannot split a Batch.
         arguments._n_gpu = 1
     return arguments
+
+
+def fsdp_wanted() -> bool:
+    """Whether `accelerate launch` was told to shard the model."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 class StudentTrainer(Trainer):
@@ -93,15 +107,38 @@ class StudentTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # the losses are sums over counts of the whole step
         self.model_accepts_loss_kwargs = True  # the same, as Trainer before 5.17 asks for it
-        self._body_parameters = _body_parameters(student)
-        self._sums: dict[str, float] = {}
-        self._steps = 0  # optimiser steps in `_sums`
-        self._since = time.monotonic()
+        self._arithmetic = insight.Arithmetic.of(student)
+        self._peak_flops: float | None = None
+        self._tally = insight.Tally()
+        self._micro: list[tuple[Tensor, tuple[str, ...]]] = []  # loss and documents of the step's micro-batches
+        self._random: list[Tensor] = []  # the states that the step began with
 
     @property
     def progress(self) -> float:
         """Optimiser steps done over all steps."""
         return float(self.state.global_step / max(self.state.max_steps, 1))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """What `accelerate launch` asks for, with plain checkpoints and float32 sums under FSDP2."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if fsdp_wanted() and self.args.world_size > 1 and not self.is_fsdp_enabled:
+            # On CPUs: accelerate leaves them out, though torch can shard there, too.
+            PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            self.is_fsdp_enabled = True
+        if not self.is_fsdp_enabled:
+            return
+        plugin = state.fsdp_plugin
+        plugin.state_dict_config = plugin.optim_state_dict_config = None  # of the type that was set before
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        if self.train_config.precision == "bf16":
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            # Inputs are not cast: a batch holds timesteps and the teacher's likelihoods, which need float32.
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
 
     def get_batch_samples(  # type: ignore[override]  # a Batch where Trainer has a dict
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -110,7 +147,11 @@ class StudentTrainer(Trainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         for failed in (batch for batch in batches if isinstance(batch, Failure)):
             raise TidecacheError(failed.message)
-        self._steps += bool(batches)
+        self._tally.steps += bool(batches)
+        self._micro.clear()
+        self._random = [torch.get_rng_state()]
+        if device.type == "cuda":
+            self._random.append(torch.cuda.get_rng_state(device))
         counts = Counts.of(batches, self.train_config)
         both = torch.stack([counts.ce, counts.distill]).to(device)
         if self.args.world_size > 1:
@@ -124,76 +165,93 @@ class StudentTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Counts | None = None,
     ) -> Any:
-        """This micro-batch's share of the step's loss; DDP averages over ranks, so it is multiplied by their number."""
+        """This micro-batch's share of the step's loss; DDP and FSDP average over ranks, so it is multiplied by them."""
         counts = num_items_in_batch or Counts.of([inputs], self.train_config)
         losses: BatchLosses = model(inputs, self.progress)
         loss = total(losses, counts, self.train_config)
-        if not bool(torch.isfinite(loss)):
-            raise TidecacheError(
-                f"the loss of step {self.state.global_step + 1} is {loss.item()}: training stops; its documents are "
-                f"{', '.join(dict.fromkeys(inputs.documents))}; lower --learning-rate, or look for likelihoods out of "
-                "range with `tidecache cache verify`; checkpoints written before are complete"
-            )
-        self._record(inputs, losses, counts)
+        self._micro.append((loss.detach(), inputs.documents))
+        self._tally.add(inputs, losses, counts, self._arithmetic.of_batch(inputs, self.train_config.block_size))
         loss = loss * self.args.world_size
         return (loss, losses) if return_outputs else loss
 
-    def _record(self, batch: Batch, losses: BatchLosses, counts: Counts) -> None:
-        """Add a micro-batch to what the next log line says; sums over ranks and steps."""
-        parts: dict[str, float | Tensor] = {
-            "ce": losses.ce.over(counts.ce).detach(),
-            "distill": losses.distill.over(counts.distill).detach(),
-            "nll": losses.nll_sum,
-            "masked_tokens": len(batch.target_N),
-            "chunks": len(batch.sample_C),
-            "tidal_weight": losses.weight_sum,
-            "student_logp": losses.student_logp_C.sum(),
-            "teacher_logp": batch.teacher_logp_C.sum(),
-            "rows": len(batch),
-            "fresh_rows": batch.fresh,
-            "tokens": int(batch.length_B.sum()),
-            "masked_chunks": batch.coverage.masked,
-            "usable_chunks": batch.coverage.usable,
-        }
-        for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the whole step's gradient, before the optimiser's step: the same in all ranks, so all stop here.
+
+        Raises:
+            TidecacheError: it is not finite, as whenever any micro-batch's loss is not.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not math.isfinite(float(norm)):
+            self._stop_not_finite(float(norm))
+        return norm
+
+    def _stop_not_finite(self, norm: float) -> None:
+        """Save the state before this step, and say which documents it had."""
+        step = self.state.global_step + 1
+        mine = [{"rank": self.args.process_index, "loss": float(loss), "documents": d} for loss, d in self._micro]
+        micro = gather_object(mine) if self.args.world_size > 1 else mine
+        bad = [m for m in micro if not math.isfinite(m["loss"])]
+        what = f"the loss of step {step} is {bad[0]['loss']}" if bad else f"the gradient of step {step} is {norm}"
+        names = list(dict.fromkeys(name for m in bad or micro for name in m["documents"]))
+        out = Path(self.args.output_dir or ".")
+        if self.args.should_save:
+            out.mkdir(parents=True, exist_ok=True)
+            described = {"step": step, "gradient_norm": str(norm), "micro_batches": micro}
+            (out / NOT_FINITE_FILE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        more = f" and {len(names) - NAMED} more (in {out / NOT_FINITE_FILE})" if len(names) > NAMED else ""
+        raise TidecacheError(
+            f"{what}: training stops before it changes a weight; its documents are {', '.join(names[:NAMED])}{more}; "
+            f"{self._save_before_step()}; lower --learning-rate in a new run, or look for likelihoods out of range with "
+            "`tidecache cache verify`"
+        )
+
+    def _save_before_step(self) -> str:
+        """Write the checkpoint that this step began with, unless it is there; says what was done."""
+        step = self.state.global_step
+        parts = (getattr(p, "_local_tensor", p.detach()) for p in self.student.model.parameters())  # FSDP2: this rank's
+        finite = torch.stack([torch.isfinite(part).all().float() for part in parts]).min()
+        if self.args.world_size > 1:
+            finite = self.accelerator.reduce(finite, reduction="sum") / self.args.world_size
+        if float(finite) < 1.0:
+            return "the weights before it are not finite either, so they were not saved"
+        if not step:
+            return "nothing was trained yet"
+        torch.set_rng_state(self._random[0])
+        if len(self._random) > 1:
+            torch.cuda.set_rng_state(self._random[1], self.args.device)
+        self._save_checkpoint(self.model_wrapped, None)
+        return f"the state after step {step} is saved in {self.args.output_dir}/checkpoint-{step}"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log line, with the parts of the loss where it is a training step's.
-
-        Per step: `ce`, `distill` (without distill_weight), `chunks`, `masked_tokens`, `rows`, `fresh_rows`. Per masked
-        token, nats: `nll`. Per scored chunk: `tidal_weight`, and gold log-likelihoods of student and teacher, nats.
-        """
-        if "loss" in logs and self._sums:
-            names = sorted(self._sums)
-            values = torch.tensor([self._sums[n] for n in names], dtype=torch.float64, device=self.args.device)
+        """Trainer's log line, with what `insight.numbers` says of the steps since the last one, over all ranks."""
+        if "loss" in logs and self._tally.vector_F is not None:
+            vector_F, seconds = self._tally.vector_F, self._tally.seconds()
+            memory = torch.tensor([insight.peak_memory(self.args.device)], dtype=torch.float64, device=self.args.device)
             if self.args.world_size > 1:
-                values = self.accelerator.reduce(values, reduction="sum")
-            sums = dict(zip(names, values.tolist(), strict=True))
-            steps = max(self._steps, 1)
-            seconds = max(time.monotonic() - self._since, 1e-9)
-            chunks, tokens = max(sums["chunks"], 1.0), max(sums["masked_tokens"], 1.0)
-            logs |= {
-                name: sums[name] / steps for name in ("ce", "distill", "chunks", "masked_tokens", "rows", "fresh_rows")
-            }
-            logs |= {name: sums[name] / chunks for name in ("tidal_weight", "student_logp", "teacher_logp")}
-            logs |= {
-                "nll": sums["nll"] / tokens,
-                "coverage": sums["usable_chunks"] / max(sums["masked_chunks"], 1.0),
-                "tokens_per_second": sums["tokens"] / seconds,
-                "seconds_per_step": seconds / steps,
-            }
-            if self.train_config.tidal != "none":
-                config = self.train_config
+                vector_F = self.accelerator.reduce(vector_F, reduction="sum")
+                memory = self.accelerator.gather(memory)
+            logs |= insight.numbers(vector_F, max(self._tally.steps, 1), seconds, self.peak_flops)
+            logs["peak_memory_gib"] = float(memory.max()) / 2**30
+            config = self.train_config
+            if config.tidal != "none":
                 progress = (self.state.global_step - 1) / max(self.state.max_steps, 1)
                 schedule = (config.lambda_init, config.lambda_max, config.tidal_decay)
                 logs["tidal_lambda"] = tidal.training_strength(progress, *schedule)
-            self._sums, self._steps, self._since = {}, 0, time.monotonic()
+            self._tally = insight.Tally()
         super().log(logs, start_time)
 
-    def floating_point_ops(self, inputs: Batch) -> int:  # type: ignore[override]
-        """6 per parameter of the body and token of [x_t, x_0], as Trainer counts them; the head is left out."""
-        return 6 * 2 * inputs.noisy_BL.numel() * self._body_parameters
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s that MFU is measured against, of all ranks: as given, or measured once per run."""
+        if self._peak_flops is None:
+            dtype = torch.bfloat16 if self.train_config.precision == "bf16" else torch.float32
+            given = self.train_config.peak_tflops * 1e12
+            self._peak_flops = given or insight.measured_peak(self.args.device, dtype)
+        return self._peak_flops * self.args.world_size
+
+    def floating_point_ops(self, inputs: Batch) -> float:  # type: ignore[override]
+        """Model FLOPs of a micro-batch, for Trainer's own total."""
+        return self._arithmetic.of_batch(inputs, self.train_config.block_size)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         """The dataset is in its final order already."""
@@ -202,102 +260,29 @@ class StudentTrainer(Trainer):
     def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
         return inputs.to(self.args.device)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """A plain Hugging Face folder; `state_dict` comes gathered from FSDP, with this module's prefix."""
-        if not self.args.should_save:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A plain Hugging Face folder, written by the first process; every process must call this."""
+        state = None
+        if self.is_fsdp_enabled:
+            gathered = self.accelerator.get_state_dict(self.model)
+            tied = set(getattr(self.student.model, "all_tied_weights_keys", None) or ())
+            named = {name.removeprefix("model."): tensor for name, tensor in gathered.items()}
+            state = {name: tensor for name, tensor in named.items() if name not in tied}
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir or ".")
+            student = self.student
+            save_student(student.model, student.tokenizer, folder, self.train_config, self.trained_from, state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As Trainer does, but under FSDP the optimiser's state alone: the weights are in `model.safetensors` already."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = None if state_dict is None else {name.removeprefix("model."): t for name, t in state_dict.items()}
-        save_student(
-            self.student.model,
-            self.student.tokenizer,
-            Path(output_dir or self.args.output_dir or "."),
-            self.train_config,
-            self.trained_from,
-            state,
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
         )
+        if self.args.should_save and self.lr_scheduler is not None:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The weights of a checkpoint folder, into the model in place."""
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        restore_student(self.student.model, Path(resume_from_checkpoint))
-
-
-def _body_parameters(student: Student) -> int:
-    """Parameters that are neither embeddings nor head."""
-    ends = {id(module.weight) for module in input_and_output(student.model)}
-    return sum(p.numel() for p in student.model.parameters() if id(p) not in ends)
-
-
-class LogFile(TrainerCallback):
-    """Appends each log line to `train_log.jsonl`; a resumed run first drops the lines after its starting point."""
-
-    def __init__(self, out: Path) -> None:
-        self.path = out / LOG_FILE
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Keep what came before the step that training begins at."""
-        if not state.is_world_process_zero:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if state.global_step and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(kept), encoding="utf-8")
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """One JSON object per line, with the step."""
-        if state.is_world_process_zero and logs:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
-class ProgressBar(TrainerCallback):
-    """A rich progress bar with the losses of the last log line."""
-
-    def __init__(self, console: Console) -> None:
-        self.bar = Progress(
-            TextColumn("[bold]training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[losses]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Show the bar."""
-        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, losses="")
-        if state.is_world_process_zero:
-            self.bar.start()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Move the bar."""
-        self.bar.update(self.task, completed=state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Show the losses."""
-        if logs and "ce" in logs:
-            text = f"ce {logs['ce']:.3f}  distill {logs['distill']:.4f}  {logs['tokens_per_second']:,.0f} tokens/s"
-            self.bar.update(self.task, losses=text)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave the bar as it is."""
-        self.bar.stop()
+        """The weights are in the model already: `restore_student` put them there before any wrapper came around it."""
