@@ -4,9 +4,10 @@ A `Tally` is one vector of sums, on the device where the losses are, so that a m
 for the GPU; `numbers` turns the summed vector into those of a log line. Parts of the loss are kept by
 timestep too, in the bins of held-out evaluation, since that is where objectives and schedules differ.
 
-Arithmetic is counted as model FLOPs are: what the mathematics needs and no recomputation, over the real tokens of
-[x_t, x_0], the pairs of tokens that attention lets see each other, and the head at masked tokens alone. MFU is their
-rate over a peak, which is either given or measured here: a large matrix product in the precision of the run.
+Arithmetic is counted as model FLOPs are: what the mathematics needs and no recomputation, over the tokens of the pack
+(`packing`: x_0 once per document, no padding), the pairs of tokens that attention lets see each other, and the head at
+masked tokens alone. MFU is their rate over a peak, which is either given or measured here: a large matrix product in
+the precision of the run.
 
 Shape suffixes as in `batch`; F fields of the vector.
 """
@@ -25,6 +26,7 @@ from stage2_student.batch import Batch
 from stage2_student.evaluation import EDGES, bin_names
 from stage2_student.losses import BatchLosses, Counts
 from stage2_student.model import Student, input_and_output
+from stage2_student.packing import Layout
 
 PER_STEP = ("ce", "distill", "chunks", "masked_tokens", "rows", "fresh_rows")
 PER_CHUNK = ("tidal_weight", "student_logp", "teacher_logp")
@@ -56,26 +58,11 @@ class Arithmetic:
         return cls(float(body), float(head_cost), float(pair))
 
     def of_batch(self, batch: Batch, block_size: int) -> float:
-        """Model FLOPs of a training step on this batch."""
-        tokens = pairs = 0.0
-        for length, offset in zip(batch.length_B.tolist(), batch.offset_B.tolist(), strict=True):
-            tokens += 2 * length
-            pairs += _pairs(length, block_size, offset)
-        return self.per_token * tokens + self.per_masked_token * len(batch.target_N) + self.per_pair * pairs
-
-
-def _pairs(length: int, block_size: int, offset: int) -> float:
-    """How many (query, key) pairs block diffusion has over [x_t, x_0] of one row.
-
-    A block of n tokens after m others: its noisy and its clean tokens see m clean tokens and n of their own half.
-    """
-    first = min(length, block_size - offset)
-    full, last = divmod(length - first, block_size)
-    pairs, before = 0, 0
-    for count, size in ((1, first), (full, block_size), (1, last)):
-        pairs += 2 * (count * size * (before + size) + size * size * count * (count - 1) // 2)
-        before += count * size
-    return float(pairs)
+        """Model FLOPs of a training step on this batch, whose layout the forward pass has made and remembered."""
+        layout = Layout.of(batch.groups, block_size, batch.length_B.device)
+        pairs = sum(run.count * run.size**2 for run in layout.runs)
+        pairs += sum((s.stop - s.start) * (s.last - s.first) for s in (*layout.to_clean, *layout.within_clean))
+        return self.per_token * layout.tokens + self.per_masked_token * len(batch.target_N) + self.per_pair * pairs
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:

@@ -108,6 +108,7 @@ class StudentTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # the losses are sums over counts of the whole step
         self.model_accepts_loss_kwargs = True  # the same, as Trainer before 5.17 asks for it
         self._arithmetic = insight.Arithmetic.of(student)
+        self._flops = 0.0  # of the micro-batch whose loss was computed last
         self._peak_flops: float | None = None
         self._tally = insight.Tally()
         self._micro: list[tuple[Tensor, tuple[str, ...]]] = []  # loss and documents of the step's micro-batches
@@ -170,7 +171,8 @@ class StudentTrainer(Trainer):
         losses: BatchLosses = model(inputs, self.progress)
         loss = total(losses, counts, self.train_config)
         self._micro.append((loss.detach(), inputs.documents))
-        self._tally.add(inputs, losses, counts, self._arithmetic.of_batch(inputs, self.train_config.block_size))
+        self._flops = self._arithmetic.of_batch(inputs, self.train_config.block_size)
+        self._tally.add(inputs, losses, counts, self._flops)
         loss = loss * self.args.world_size
         return (loss, losses) if return_outputs else loss
 
@@ -250,8 +252,8 @@ class StudentTrainer(Trainer):
         return self._peak_flops * self.args.world_size
 
     def floating_point_ops(self, inputs: Batch) -> float:  # type: ignore[override]
-        """Model FLOPs of a micro-batch, for Trainer's own total."""
-        return self._arithmetic.of_batch(inputs, self.train_config.block_size)
+        """Model FLOPs of the micro-batch whose loss was computed last, for Trainer's own total."""
+        return self._flops
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         """The dataset is in its final order already."""
