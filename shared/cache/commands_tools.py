@@ -22,6 +22,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.
 def register(app: typer.Typer) -> None:
     """Add these commands to the group, in the order of the help."""
     app.command()(coverage)
+    app.command()(diff)
     app.command()(merge)
     app.command("slice")(slice_)
 
@@ -71,6 +72,33 @@ def coverage(
 def _name(source: str) -> str:
     """A tokenizer's last part, as elsewhere."""
     return Path(source).name
+
+
+def diff(
+    first: Annotated[str, typer.Argument(help="The one cache.", metavar="FIRST")],
+    second: Annotated[str, typer.Argument(help="The other.", metavar="SECOND")],
+    as_json: AsJson = False,
+) -> None:
+    """Show whether two caches say the same, and what differs.
+
+    Spec field by field, documents, draws, gold log-likelihoods by timestep, candidates.
+
+    Exits with 0 if they are the same, 1 if they differ, 2 if that cannot be said.
+    """
+    from shared.cache.diffing import diff_caches, render
+
+    try:
+        found = diff_caches(first, second)
+    except TidecacheError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        from rich.console import Console
+
+        render(found, Console(highlight=False))
+    raise typer.Exit(0 if found.same else 1)
 
 
 def slice_(

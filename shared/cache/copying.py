@@ -10,6 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
 from shared.cache import files
 from shared.cache.encoding import EncodedShard, encode_stored
 from shared.cache.manifest import HELD_OUT_FOLDER, MANIFEST_FILE, SHARDS_FOLDER, Receipt
@@ -50,6 +54,18 @@ def refuse_nested(source: Folder, out: Path) -> None:
         a, b = source.resolve(), out.resolve()
         if a == b or a in b.parents or b in a.parents:
             raise TidecacheError(f"--out {out}: lies in {source}, or the other way round: give a folder of its own")
+
+
+def document_keys(column: pa.ChunkedArray, path: Folder) -> npt.NDArray[np.void]:
+    """A column of document keys, 16 bytes each; `path` is for messages.
+
+    Raises:
+        DamagedError: something is no key.
+    """
+    try:
+        return np.frombuffer(b"".join(map(bytes.fromhex, column.to_pylist())), "V16")
+    except (ValueError, TypeError) as error:
+        raise files.DamagedError(path, f"its documents have no keys ({error})", REMEDY) from error
 
 
 @dataclass(frozen=True)

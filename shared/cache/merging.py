@@ -18,10 +18,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shared.cache.copying import copy_shard, finishing, held_out_of, refuse_nested
-from shared.cache.files import DamagedError
+from shared.cache.copying import copy_shard, document_keys, finishing, held_out_of, refuse_nested
 from shared.cache.manifest import HELD_OUT_FOLDER, MANIFEST_FILE, Manifest, Receipt
-from shared.cache.parquet import REMEDY, read_narrow
+from shared.cache.parquet import read_narrow
 from shared.cache.reader import Cache
 from shared.cache.records import ShardRange
 from shared.cache.writer import CacheWriter
@@ -197,10 +196,6 @@ def _documents_of(cache: Cache, number: int) -> Iterator[npt.NDArray[np.void]]:
     for record in {r.documents.path: r.documents for r in cache.shards}.values():
         table = read_narrow(cache.path, record, ["position", "document"])
         rows = np.zeros(table.num_rows, _ROW)
-        try:
-            keys = b"".join(map(bytes.fromhex, table["document"].to_pylist()))
-            rows["key"] = np.frombuffer(keys, "V16")
-        except (ValueError, TypeError) as error:
-            raise DamagedError(cache.path / record.path, f"its documents have no keys ({error})", REMEDY) from error
+        rows["key"] = document_keys(table["document"], cache.path / record.path)
         rows["position"], rows["cache"] = table["position"].to_numpy(), number
         yield rows
