@@ -77,6 +77,10 @@ class TextTokenizer:
         self.mask_id = self._id_of("mask_token")
         self.end_id = self._id_of("eos_token")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as what it was made of, so that another process makes the same."""
+        return type(self), (self._backend, self.name, self._template_source, self._special_tokens)
+
     @classmethod
     def load(cls, path_or_id: str | Path, name: str | None = None, template: str | None = None) -> TextTokenizer:
         """Load a folder's or a hub id's tokenizer; `template` replaces its chat template.

@@ -49,29 +49,28 @@ def capture(
 
     from stage1_teacher.capture import Capture
     from stage1_teacher.draft import Draft
+    from stage1_teacher.engines import open_engine
     from stage1_teacher.progress import CaptureProgress, show_report
-    from stage1_teacher.shards import LocalEngine, ShardMaker
 
     console = Console()
     draft = Draft.of(options)
-    teacher, spec = draft.load()
-    engine = LocalEngine(teacher, ShardMaker(spec, draft.tokenizer, draft.students))
-    folder = draft.folder(spec)
-    _show_plan(console, spec, draft.extent, folder, draft.preset)
-    stop = threading.Event()
-    with CaptureProgress(console) as progress, ThreadPoolExecutor(1, "count") as counting:
-        counting.submit(_expect, progress, draft.extent, spec, stop)
-        try:
-            report = Capture(engine, draft.tokenizer, spec, draft.extent, folder, progress).run()
-        except KeyboardInterrupt:
-            stop.set()
-            console.print(
-                f"stopped; every complete shard is kept in {folder}: the same command goes on from there",
-                highlight=False,
-            )
-            raise typer.Exit(130) from None
-        finally:
-            stop.set()
+    with open_engine(draft) as (engine, spec):
+        folder = draft.folder(spec)
+        _show_plan(console, spec, draft.extent, folder, draft.preset)
+        stop = threading.Event()
+        with CaptureProgress(console) as progress, ThreadPoolExecutor(1, "count") as counting:
+            counting.submit(_expect, progress, draft.extent, spec, stop)
+            try:
+                report = Capture(engine, draft.tokenizer, spec, draft.extent, folder, progress).run()
+            except KeyboardInterrupt:
+                stop.set()
+                console.print(
+                    f"stopped; every complete shard is kept in {folder}: the same command goes on from there",
+                    highlight=False,
+                )
+                raise typer.Exit(130) from None
+            finally:
+                stop.set()
     show_report(console, report)
     _write_summary(json_file, report)
 

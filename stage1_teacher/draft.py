@@ -25,6 +25,7 @@ from stage1_teacher.presets import PACKAGES, Preset, find_preset, local_folder
 if TYPE_CHECKING:
     from stage1_teacher.backends import Teacher
 
+ENGINES = ("local", "ray")
 CONTEXTS = {"compdemo": ("compdemo",), "plain": ("plain",), "both": ("compdemo", "plain")}
 EMBEDDED_STUDENT = "package:stage2_student/tiny"
 LENGTH = 512  # tokens, where neither the preset nor a flag says
@@ -54,6 +55,12 @@ class Draft:
             raise TidecacheError(
                 f"--tail-samples {o.tail_samples}: only the backend transformers samples the tail, found --backend "
                 f"{o.backend}: take --backend transformers, or leave --tail-samples out and store a larger --k"
+            )
+        if o.engine not in ENGINES:
+            raise TidecacheError(f"--engine: expected {' or '.join(ENGINES)}, found {o.engine!r}")
+        if o.engine != "ray" and (o.actors, o.gpus_per_actor) != (None, None):
+            raise TidecacheError(
+                "--actors and --gpus-per-actor are of Ray's actors: add --engine ray, or leave them out"
             )
         preset = find_preset(o.teacher).with_flags(o.layout, o.block_size, o.mask_id, o.logit_shift, o.template)
         part = ShardPart.parse(o.part) if o.part is not None else WHOLE

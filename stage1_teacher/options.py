@@ -88,6 +88,16 @@ DocumentsPerShardOption = Annotated[int, typer.Option(min=1, help="Documents of 
 PartOption = Annotated[
     str | None, typer.Option(help="i/n: the i-th of n jobs that share this capture, into one folder or several.")
 ]
+EngineOption = Annotated[
+    str, typer.Option(help="local (this process), or ray: shards on actors, on one machine or many (extra `ray`).")
+]
+ActorsOption = Annotated[
+    int | None, typer.Option(min=1, help="Ray actors, one teacher each. Default: as many as the cluster has room for.")
+]
+CpusPerActorOption = Annotated[float, typer.Option(min=0, help="CPUs that Ray reserves for an actor; its threads.")]
+GpusPerActorOption = Annotated[
+    float | None, typer.Option(min=0, help="GPUs of an actor. Default: --tensor-parallel if there are GPUs, else 0.")
+]
 TextColumnOption = Annotated[str | None, typer.Option(help="The corpus' column of plain text.")]
 SplitOption = Annotated[str, typer.Option(help="The split of a dataset that has some.")]
 
@@ -125,6 +135,10 @@ class CaptureOptions:
     batch_tokens: BatchTokensOption = None
     documents_per_shard: DocumentsPerShardOption = 64
     part: PartOption = None
+    engine: EngineOption = "local"
+    actors: ActorsOption = None
+    cpus_per_actor: CpusPerActorOption = 1.0
+    gpus_per_actor: GpusPerActorOption = None
     text_column: TextColumnOption = None
     split: SplitOption = "train"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -197,6 +198,16 @@ def test_attributes_of_the_tiny_tokenizer(teacher: TextTokenizer) -> None:
     assert teacher.longest_token == max(map(len, teacher.token_bytes))
     assert (teacher.normal_form, teacher.has_chat_template) == ("none", True)
     assert teacher.encode_text_batch(["a b", ""]) == [teacher.encode_text("a b"), []]
+
+
+def test_a_copy_in_another_process_does_the_same(teacher: TextTokenizer) -> None:
+    copy = pickle.loads(pickle.dumps(teacher))
+    assert (copy.digest, copy.name, copy.mask_id) == (teacher.digest, teacher.name, teacher.mask_id)
+    (ours,), (theirs,) = (
+        t.encode_many([(chat(("user", "a"), ("assistant", "b")), True, False)]) for t in (teacher, copy)
+    )
+    assert isinstance(ours, Encoded)
+    assert np.array_equal(ours.ids_L, theirs.ids_L)
 
 
 def test_a_batch_gives_what_single_documents_give(teacher: TextTokenizer) -> None:
