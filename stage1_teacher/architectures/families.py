@@ -191,7 +191,8 @@ def register() -> None:
     """Make `AutoConfig` and `AutoModelForCausalLM` know the network that the library lacks. May be called again."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from stage1_teacher.architectures.llada2 import MODEL_TYPE, LLaDA2MoeConfig, LLaDA2MoeModelLM
+    from stage1_teacher.architectures.llada2 import LLaDA2MoeModelLM
+    from stage1_teacher.architectures.llada2_config import MODEL_TYPE, LLaDA2MoeConfig
 
     AutoConfig.register(MODEL_TYPE, LLaDA2MoeConfig, exist_ok=True)
     AutoModelForCausalLM.register(LLaDA2MoeConfig, LLaDA2MoeModelLM, exist_ok=True)

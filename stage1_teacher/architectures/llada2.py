@@ -5,12 +5,11 @@ same network in the library's current style: attention through its attention int
 through unchanged, which all layouts of DESIGN §7 need), experts stacked into two tensors when the official names are
 read and unstacked when they are written, computed with grouped matrix products.
 
-The router: sigmoid scores in float32; a learned bias per expert takes part in the choice and not in the weight; the
-experts lie in `n_group` groups, and only those of the `topk_group` groups with the highest sums of their two best
-scores can be chosen.
+Configuration: `llada2_config`; rotation, feed-forward and router: `llada2_parts`. Attention and experts are here, since
+the library looks for them in the source of the model's own module before it lets their implementation be chosen.
 
-Shapes: B sequences, L tokens each, D hidden, H query heads, G key/value heads, K size of a head, E experts,
-A experts chosen per token, N = B·L tokens.
+Shapes: B sequences, L tokens each, D hidden, H query heads, G key/value heads, K size of a head, A experts chosen per
+token, N = B·L tokens.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -25,136 +24,16 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.integrations.moe import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward, rotate_half
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
-from shared.errors import TidecacheError
-
-MODEL_TYPE = "llada2_moe"
-
-
-class LLaDA2MoeConfig(PreTrainedConfig):
-    """The fields of the official config.json; `rope_theta` and `partial_rotary_factor` move into `rope_parameters`."""
-
-    model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  # as the library declares it
-    attribute_map = {"num_local_experts": "num_experts"}  # noqa: RUF012  # as the library declares it
-
-    vocab_size: int = 157184
-    hidden_size: int = 2048
-    intermediate_size: int = 5120
-    num_hidden_layers: int = 20
-    num_attention_heads: int = 16
-    num_key_value_heads: int = 4
-    head_dim: int | None = 128
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 32768
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
-    use_cache: bool = False
-    tie_word_embeddings: bool = False
-    rope_parameters: dict[str, Any] | None = None
-    attention_dropout: float = 0.0
-    use_bias: bool = False
-    use_qkv_bias: bool = False
-    use_qk_norm: bool = True
-    use_rmsnorm: bool = True
-    norm_head: bool = False
-    num_experts: int = 256
-    num_shared_experts: int = 1
-    num_experts_per_tok: int = 8
-    n_group: int = 8
-    topk_group: int = 4
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 2.5
-    moe_intermediate_size: int = 512
-    first_k_dense_replace: int = 1
-    moe_router_enable_expert_bias: bool = True
-    score_function: str = "sigmoid"
-    router_dtype: str = "fp32"
-    pad_token_id: int | None = 156892
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Fill what official files leave out."""
-        kwargs.setdefault("partial_rotary_factor", 0.5)
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        super().__post_init__(**kwargs)
-
-
-def check_config(config: PreTrainedConfig) -> None:
-    """Refuse the variants of the family that this file does not compute.
-
-    Raises:
-        TidecacheError: naming the field, what it holds, and what is computed.
-    """
-    where = config.name_or_path or "the checkpoint"
-    for field, computed in (
-        ("score_function", "sigmoid"),
-        ("use_rmsnorm", True),
-        ("norm_head", False),
-        ("use_sliding_window", False),
-        ("moe_router_enable_expert_bias", True),
-    ):
-        found = getattr(config, field, computed)
-        if found != computed:
-            raise TidecacheError(
-                f"{where}/config.json: {field} = {found!r}, but the LLaDA2-MoE of tidecache computes "
-                f"{field} = {computed!r} only"
-            )
-    if config.num_experts % config.n_group or config.topk_group > config.n_group:
-        raise TidecacheError(
-            f"{where}/config.json: {config.num_experts} experts do not form {config.n_group} equal groups of which "
-            f"{config.topk_group} can be chosen"
-        )
-
-
-class LLaDA2MoeRotaryEmbedding(nn.Module):
-    """Cosines and sines [B, L, rotary] of the first `partial_rotary_factor` of each head's dimensions, in float32."""
-
-    def __init__(self, config: LLaDA2MoeConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        parameters = config.rope_parameters or {}
-        self.rope_type = parameters.get("rope_type", "default")
-        compute = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
-        inv_freq, self.attention_scaling = compute(config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-        self.inv_freq: torch.Tensor
-
-    @staticmethod
-    def compute_default_rope_parameters(config: LLaDA2MoeConfig, **_: Any) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies over the rotated part of a head, and the scale 1."""
-        parameters = config.rope_parameters or {}
-        size = int((config.head_dim or 0) * parameters.get("partial_rotary_factor", 1.0))
-        exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
-        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x_BLD: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See the class."""
-        angles = position_ids[..., None].float() * self.inv_freq.float().to(x_BLD.device)
-        both = torch.cat((angles, angles), dim=-1)
-        scale = self.attention_scaling
-        return (both.cos() * scale).to(x_BLD.dtype), (both.sin() * scale).to(x_BLD.dtype)
-
-
-def rotate(x_BHLK: torch.Tensor, cos_BLR: torch.Tensor, sin_BLR: torch.Tensor) -> torch.Tensor:
-    """Turn the first R dimensions of each head by their positions and pass the rest."""
-    size = cos_BLR.shape[-1]
-    turned, passed = x_BHLK[..., :size], x_BHLK[..., size:]
-    turned = turned * cos_BLR[:, None] + rotate_half(turned) * sin_BLR[:, None]
-    return torch.cat((turned, passed), dim=-1)
+from stage1_teacher.architectures.llada2_config import MODEL_TYPE, LLaDA2MoeConfig, check_config
+from stage1_teacher.architectures.llada2_parts import LLaDA2MoeMLP, LLaDA2MoeRotaryEmbedding, LLaDA2MoeRouter, rotate
 
 
 class LLaDA2MoeAttention(nn.Module):
@@ -198,49 +77,6 @@ class LLaDA2MoeAttention(nn.Module):
             self, query_BHLK, key_BGLK, value_BGLK, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return self.dense(out.reshape(*shape, -1).contiguous()), weights
-
-
-class LLaDA2MoeMLP(nn.Module):
-    """The gated feed-forward of dense layers and of the shared experts."""
-
-    def __init__(self, config: LLaDA2MoeConfig, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden → hidden, same shape."""
-        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
-
-
-class LLaDA2MoeRouter(nn.Module):
-    """Chooses A experts per token; see the module for the rule."""
-
-    def __init__(self, config: LLaDA2MoeConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
-        self.register_buffer("expert_bias", torch.zeros(config.num_experts))
-        self.expert_bias: torch.Tensor
-
-    def forward(self, hidden_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(experts_NA, weights_NA), weights float32."""
-        config = self.config
-        score_NE = nn.functional.linear(hidden_ND.float(), self.weight.float()).sigmoid()
-        choice_NE = score_NE + self.expert_bias.float()
-        choice = choice_NE.view(len(choice_NE), config.n_group, -1)
-        # As many of a group's best as there are: two, or one where a group is a single expert.
-        group_score = choice.topk(min(2, choice.shape[-1]), dim=-1).values.sum(-1)
-        kept = torch.zeros_like(group_score, dtype=torch.bool)
-        kept.scatter_(1, group_score.topk(config.topk_group, dim=-1, sorted=False).indices, True)
-        choice = choice.masked_fill(~kept[..., None], float("-inf"))
-        expert_NA = choice.flatten(1).topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
-        weight_NA = score_NE.gather(1, expert_NA)
-        if config.norm_topk_prob and config.num_experts_per_tok > 1:
-            weight_NA = weight_NA / (weight_NA.sum(-1, keepdim=True) + 1e-20)
-        return expert_NA, weight_NA * config.routed_scaling_factor
 
 
 @use_experts_implementation

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.errors import TidecacheError
-from stage1_teacher.architectures.llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM, LLaDA2MoeRouter, LLaDA2MoeSparse
+from stage1_teacher.architectures.llada2 import LLaDA2MoeModelLM, LLaDA2MoeSparse
+from stage1_teacher.architectures.llada2_config import LLaDA2MoeConfig
+from stage1_teacher.architectures.llada2_parts import LLaDA2MoeRouter
 from stage1_teacher.architectures.loading import load_model
 from tests.conftest import ORACLES
 

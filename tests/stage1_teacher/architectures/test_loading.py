@@ -167,7 +167,7 @@ def test_memory_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_memory_of_the_big_presets() -> None:
     """The estimate for LLaDA2.0-mini's published shapes: 16.3 billion parameters, 33 GB in bfloat16, 65 in float32."""
-    from stage1_teacher.architectures.llada2 import LLaDA2MoeConfig
+    from stage1_teacher.architectures.llada2_config import LLaDA2MoeConfig
     from stage1_teacher.architectures.loading import expected_shapes
 
     shapes, _ = expected_shapes(LLaDA2MoeConfig())
