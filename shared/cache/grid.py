@@ -1,14 +1,14 @@
 """Log-likelihoods as whole numbers: the grid of the packed codec, whose values are exact in float32 (docs/cache-format.md).
 
 One unit is 2^-15 nats. A chunk's best filling has log-likelihood −first units, the i-th one −(first + level_i · step ·
-2^coarse) units, log Z_T is a whole number of units. Levels are the gaps to the best filling, rounded to nearest, and
-`coarse` is the largest of 0, 1, 2 for which that costs at most `WITHIN` nats of KL at each temperature. `first` and log Z are
+scale) units, log Z_T is a whole number of units. Levels are the gaps to the best filling, rounded to nearest, and
+`scale` is the largest of 1, 2, 3, 4 for which that costs at most `WITHIN` nats of KL at each temperature. `first` and log Z are
 then chosen so that the mass of all fillings is what it was: rounded to the largest power of two for which that costs at
 most `BETWEEN` nats of KL between fillings and *other*, and where none does, up to a whole unit, so that the fillings' mass
 grows by no more than *other* has.
 
 Why this holds: let the fillings' levels be off by δ_i, p_i their shares of their own mass. Then their part of the KL is
-log Σ p e^δ − Σ p δ, which is at most step² / 8 by Hoeffding's lemma (δ lies within a step), 6.9e-5 at coarse = 0; for
+log Σ p e^δ − Σ p δ, which is at most step² / 8 by Hoeffding's lemma (δ lies within a step), 6.9e-5 at scale = 1; for
 larger ones it is measured. Mass that falls from P to P·e^−x costs at most P·x, so at most one unit if x is at most one.
 
 Values that lie on a grid already (what a packed cache gives back, and its first fillings) stay what they are.
@@ -28,7 +28,7 @@ from shared.errors import TidecacheError
 
 UNIT = 2.0**-15  # nats
 STEP = 768  # units: 0.0234 nats
-COARSE = (0, 1, 2)
+SCALES = (1, 2, 3, 4)
 SHIFTS = (0, 3, 6, 8)  # `first` and log Z are multiples of 2^shift units, the largest that the mass allows
 MAX_FIRST = 1 << 23  # units: the best filling, and how far others may lie below it
 MAX_VALUE = 1 << 24  # units: what float32 holds exactly
@@ -45,7 +45,7 @@ class Levels:
     """A draw's log-likelihoods on the grid. `level_MK`: ascending from 0."""
 
     step: int
-    coarse_M: IntArray
+    scale_M: IntArray
     first_M: IntArray
     level_MK: IntArray
     log_z_MH: IntArray
@@ -53,7 +53,7 @@ class Levels:
     @property
     def logp_MK(self) -> npt.NDArray[np.float32]:
         """Log-likelihoods of the fillings, nats."""
-        units_MK = self.first_M[:, None] + self.level_MK * (self.step << self.coarse_M)[:, None]
+        units_MK = self.first_M[:, None] + self.level_MK * (self.step * self.scale_M)[:, None]
         return (units_MK * -UNIT).astype(np.float32) + np.float32(0.0)  # no negative zero
 
     @property
@@ -63,7 +63,7 @@ class Levels:
 
 
 def step_of(temperatures: Sequence[float]) -> int:
-    """Units of a level at coarse = 0; smaller where a temperature below 1 makes errors larger."""
+    """Units of a level at scale = 1; smaller where a temperature below 1 makes errors larger."""
     return max(1, int(STEP * min(1.0, *temperatures)))
 
 
@@ -84,7 +84,7 @@ def quantise(logp_MK: npt.NDArray[np.floating], log_z_MH: npt.NDArray[np.floatin
     if not len(new):
         return levels
     nearest = _nearest(exact_MK[new], exact_MH[new], np.array((1.0, *hot_H)), step)
-    for name in ("coarse_M", "first_M", "level_MK", "log_z_MH"):
+    for name in ("scale_M", "first_M", "level_MK", "log_z_MH"):
         getattr(levels, name)[new] = getattr(nearest, name)
     return levels
 
@@ -104,9 +104,9 @@ def _on_grid(logp_MK: Array, log_z_MH: Array, step: int) -> tuple[Levels, npt.ND
     gap_MK = whole_MK - whole_MK[:, :1]
     level_MK, rest_MK = np.divmod(gap_MK, step)
     whole_M &= (whole_MK == units_MK).all(1) & (whole_MH == log_z_MH).all(1) & (rest_MK == 0).all(1)
-    bits_M = np.bitwise_or.reduce(level_MK, axis=1)
-    coarse_M = (bits_M & 1 == 0).astype(np.int64) + (bits_M & 3 == 0)
-    return Levels(step, coarse_M, whole_MK[:, 0].copy(), level_MK >> coarse_M[:, None], whole_MH), whole_M
+    divisor_M = np.gcd.reduce(level_MK, axis=1)
+    scale_M = np.select([divisor_M % s == 0 for s in SCALES[::-1]], SCALES[::-1])
+    return Levels(step, scale_M, whole_MK[:, 0].copy(), level_MK // scale_M[:, None], whole_MH), whole_M
 
 
 def _nearest(logp_MK: Array, log_z_MH: Array, temperature_T: Array, step: int) -> Levels:
@@ -122,10 +122,10 @@ def _nearest(logp_MK: Array, log_z_MH: Array, temperature_T: Array, step: int) -
         shares.append(weight_MK / total_M[:, None])
         log_mass_M = best_M / t + np.log(total_M) - log_z_M
         log_mass.append(np.where((log_mass_M > 0) & (log_mass_M <= SLACK), 0.0, log_mass_M))
-    coarse_M = np.zeros(len(best_M), dtype=np.int64)
+    scale_M = np.ones(len(best_M), dtype=np.int64)
     level_MK = np.rint(gap_MK / (step * UNIT))
-    for coarse in COARSE[1:]:
-        width = (step << coarse) * UNIT
+    for scale in SCALES[1:]:
+        width = step * scale * UNIT
         coarser_MK = np.rint(gap_MK / width)
         error_MK = coarser_MK * width - gap_MK
         fits_M = np.ones(len(best_M), dtype=np.bool_)
@@ -133,9 +133,9 @@ def _nearest(logp_MK: Array, log_z_MH: Array, temperature_T: Array, step: int) -
             weighted_MK = share_MK * error_MK
             variance_M = np.einsum("mk,mk->m", weighted_MK, error_MK) - weighted_MK.sum(1) ** 2
             fits_M &= variance_M <= 2 * WITHIN * t * t
-        coarse_M[fits_M] = coarse
+        scale_M[fits_M] = scale
         level_MK[fits_M] = coarser_MK[fits_M]
-    gap_MK = level_MK * ((step << coarse_M) * UNIT)[:, None]
+    gap_MK = level_MK * (step * scale_M * UNIT)[:, None]
     first_M = np.zeros(len(best_M), dtype=np.int64)
     log_z: list[IntArray] = []
     for t, log_mass_M in zip(temperature_T, log_mass, strict=True):
@@ -151,7 +151,7 @@ def _nearest(logp_MK: Array, log_z_MH: Array, temperature_T: Array, step: int) -
             f"a log Z of {found:.0f} nats is more than the codec `packed` can store ({MAX_VALUE * UNIT:.0f}): leave out "
             f"temperatures near 0, or capture with --codec raw"
         )
-    return Levels(step, coarse_M, first_M, level_MK.astype(np.int64), log_z_units_MH)
+    return Levels(step, scale_M, first_M, level_MK.astype(np.int64), log_z_units_MH)
 
 
 def _rounded(value_M: Array, log_mass_M: Array) -> IntArray:

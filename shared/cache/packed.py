@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.cache.bits import MAX_WIDTH, BitReader, BitWriter, VarintReader, unzigzag, varints, zigzag
-from shared.cache.grid import COARSE, MAX_FIRST, MAX_VALUE, SHIFTS, STEP, Levels
+from shared.cache.grid import MAX_FIRST, MAX_VALUE, SHIFTS, STEP, Levels
 from shared.errors import TidecacheError
 from shared.ragged import ranges
 
@@ -75,7 +75,7 @@ def encode(fillings: Fillings) -> bytes:
     ends_N = np.zeros(int(count_M.sum()), dtype=np.int64)
     ends_N[np.cumsum(count_M) - 1] = 1
     bits.fixed(ends_N, 1)
-    bits.fixed(levels.coarse_M, 2)
+    bits.fixed(levels.scale_M - 1, 2)
     for series_M in (levels.first_M, *levels.log_z_MH.T):
         head += _write_series(bits, series_M)
     literals_S, distinct_P, index_PK = _literals(count_M, ids, k)
@@ -113,22 +113,20 @@ def decode(data: bytes, vocabulary: int, k: int, hot: int, tokens: int, chunks: 
     rice = _RiceHead.read(head) if k > 1 else None
     bits = BitReader(np.frombuffer(data, np.uint8, offset=head.position))
     count_M = _read_counts(bits, tokens, chunks)
-    coarse_M = bits.fixed(chunks, 2)
-    if coarse_M.max() > COARSE[-1]:
-        raise ValueError("an unknown width of levels")
+    scale_M = bits.fixed(chunks, 2) + 1
     first_M, *log_z = [s.read_values(bits, chunks) for s in series]
     ids = _read_ids(bits, symbols, count_M, k)
     level_MK = np.zeros((chunks, k), dtype=np.int64)
     if rice is not None:
         np.cumsum(rice.read_values(bits, chunks, k), axis=1, out=level_MK[:, 1:])
     bits.finish()
-    last_M = first_M + level_MK[:, -1] * (step << coarse_M)
+    last_M = first_M + level_MK[:, -1] * step * scale_M
     log_z_MH = np.stack(log_z, axis=1) if log_z else np.zeros((chunks, 0), np.int64)
     if first_M.min() < 0 or first_M.max() >= MAX_FIRST or last_M.max() >= MAX_VALUE:
         raise ValueError("log-likelihoods outside of the grid")
     if log_z and np.abs(log_z_MH).max() >= MAX_VALUE:
         raise ValueError("log Z outside of the grid")
-    return Fillings(vocabulary, count_M, ids, Levels(step, coarse_M, first_M, level_MK, log_z_MH))
+    return Fillings(vocabulary, count_M, ids, Levels(step, scale_M, first_M, level_MK, log_z_MH))
 
 
 def _read_counts(bits: BitReader, tokens: int, chunks: int) -> IntArray:

@@ -120,7 +120,7 @@ def test_low_temperatures_take_finer_levels():
 
 
 def test_values_are_exact_in_float32():
-    levels = Levels(1, np.zeros(1, np.int64), np.array([MAX_FIRST - 1]), np.array([[0, MAX_FIRST]]), np.zeros((1, 0)))
+    levels = Levels(1, np.ones(1, np.int64), np.array([MAX_FIRST - 1]), np.array([[0, MAX_FIRST]]), np.zeros((1, 0)))
     assert (levels.logp_MK.astype(np.float64) / -UNIT).tolist() == [[MAX_FIRST - 1, 2 * MAX_FIRST - 1]]
 
 
