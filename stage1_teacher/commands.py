@@ -108,7 +108,10 @@ def _show_plan(console: Any, spec: CaptureSpec, extent: Extent, folder: Path, pr
                 "draws",
                 f"{extent.draws} per document in {', '.join(passes[c] for c in spec.contexts)}; masked by {spec.mask_law}",
             ),
-            ("lanes", f"{', '.join(spec.lanes)}; k = {spec.k}, T = {', '.join(f'{x:g}' for x in spec.temperatures)}"),
+            (
+                "lanes",
+                f"{', '.join(spec.lanes)}; k = {spec.k}, T = {', '.join(f'{x:g}' for x in spec.temperatures)}, codec {spec.codec}",
+            ),
             ("spec", spec.fingerprint),
             ("out", str(folder)),
         ],

@@ -82,6 +82,7 @@ class Draft:
             k=o.k,
             temperatures=_numbers(o.temperatures),
             tail_samples=o.tail_samples,
+            codec=o.codec,
             batch_tokens=o.batch_tokens or preset.batch_tokens,
             held_out=_held_out(o.held_out, o.corpus),
         )

@@ -60,6 +60,9 @@ LanesOption = Annotated[str, typer.Option(help="gold, or gold,topk.")]
 TailSamplesOption = Annotated[
     int, typer.Option(min=0, help="Samples of the tail per chunk of one token: for KL with a shared tokenizer.")
 ]
+CodecOption = Annotated[
+    str, typer.Option(help="Of the topk lane: raw (plain columns), or packed (smaller; log-likelihoods to 0.1 nats).")
+]
 DemoRatioOption = Annotated[float, typer.Option(help="Share of masked chunks that CompDemo shows in pass 1.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of timesteps, masks and splits.")]
 LayoutOption = Annotated[
@@ -122,6 +125,7 @@ class CaptureOptions:
     temperatures: TemperaturesOption = "1,2"
     tail_samples: TailSamplesOption = 0
     lanes: LanesOption = "gold,topk"
+    codec: CodecOption = "raw"
     demo_ratio: DemoRatioOption = 0.5
     seed: SeedOption = 0
     layout: LayoutOption = None

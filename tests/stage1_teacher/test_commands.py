@@ -82,6 +82,27 @@ def test_what_a_person_reads(whole: Path, teacher: Path) -> None:
     assert verify(whole / "cache").problems == ()
 
 
+def test_a_packed_capture_is_the_raw_one_but_for_its_grid(
+    whole: Path, teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    done = capture(teacher, corpus, tmp_path / "cache", "--context", "both", "--codec", "packed")
+    assert done.returncode == 0, done.stderr
+    assert "codec packed" in done.stdout
+    assert verify(tmp_path / "cache").problems == ()
+    raw, packed = open_cache(whole / "cache"), open_cache(tmp_path / "cache")
+    assert packed.manifest.totals.size_bytes < raw.manifest.totals.size_bytes
+    for a, b in zip(raw.iter_draws(), packed.iter_draws(), strict=True):
+        assert (a.document, a.draw) == (b.document, b.draw)
+        for context in ("compdemo", "plain"):
+            x, y = a.scores[context], b.scores[context]
+            assert np.array_equal(x.gold_logp_N, y.gold_logp_N)
+            assert np.array_equal(x.topk_ids, y.topk_ids)
+            assert np.abs(x.topk_logp_MK - y.topk_logp_MK).max(initial=0) < 0.1
+    refused = capture(teacher, corpus, tmp_path / "cache", "--context", "both")
+    assert refused.returncode == 1
+    assert "codec: the cache has 'packed', this capture 'raw'" in refused.stderr
+
+
 def kill_when(command: list[str], folder: Path, shards: int, delay: float, sent: signal.Signals) -> tuple[int, str]:
     """Start the command, and send the signal `delay` seconds after it has `shards` receipts; (exit code, stdout)."""
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -172,6 +193,7 @@ def test_what_is_refused_before_the_teacher_is_loaded(teacher: Path, corpus: Pat
             {"mask_law": "token", "students": [str(TINY_STUDENT), str(TINY_TEACHER)]},
             "needs exactly one declared student",
         ),
+        ({"codec": "zip"}, "codec: expected one of raw, packed"),
         ({"mask_law": "word"}, "mask_law: expected one of chunk, token"),
         ({"teacher": "no-such-preset"}, "presets: "),
         ({"students": [str(tmp_path)]}, "no tokenizer could be loaded"),

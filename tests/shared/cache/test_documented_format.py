@@ -1,6 +1,7 @@
 """A reader by docs/cache-format.md alone, with pyarrow, json and hashlib; and the plain columns in other tools.
 
-Nothing here that reads may import from `shared.cache`: only the comparison at the end of each test does.
+Nothing that reads, here and in `packed_by_the_page.py`, may import from `shared.cache`: only the comparison at the end of
+each test does.
 """
 
 from __future__ import annotations
@@ -18,16 +19,25 @@ import pytest
 
 from shared.cache import open_cache
 from tests.shared.cache import synthetic
+from tests.shared.cache.packed_by_the_page import unpack
 from tests.shared.cache.widened import widen
 
 PATH_RULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
 
+def build(path: Path, **changes) -> Path:
+    synthetic.build(path, documents=8, contexts=("compdemo", "plain"), temperatures=(1.0, 2.0, 0.5), **changes)
+    return path
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cache")
-    synthetic.build(path, documents=8, contexts=("compdemo", "plain"), temperatures=(1.0, 2.0, 0.5))
-    return path
+    return build(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("cache"), codec="packed", k=20)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +137,8 @@ def draws_of(folder: Path):
             footer["tidecache.content"], 16
         )
         for row in joined_rows(folder, receipt["likelihoods"]):
+            for context in spec["contexts"] if spec["codec"] == "packed" else ():
+                row |= unpack(context, row.pop(f"{context}_topk_packed"))
             total += row_number(digests[row["document"]], row, spec["contexts"])
             yield read_draw(row, documents[row["document"]], spec, words, hot)
     assert f"{total % 2**256:064x}" == manifest["content"]
@@ -162,7 +174,7 @@ def read_draw(row: dict, document: dict, spec: dict, words: list[bytes], hot: li
 # --- the comparison ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["folder", "widened"])
+@pytest.mark.parametrize("which", ["folder", "widened", "packed"])
 def test_the_page_is_enough(which, request):
     folder = request.getfixturevalue(which)
     cache = open_cache(folder)

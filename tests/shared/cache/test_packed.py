@@ -13,6 +13,7 @@ from shared.cache.bits import VarintReader, varints
 from shared.cache.grid import quantise
 from shared.cache.packed import Fillings, decode, encode
 from stage1_teacher.fillings import best_fillings
+from tests.shared.cache.packed_by_the_page import read_packed
 
 
 def fillings(seed: int, vocabulary: int, k: int, counts, hot=(2.0,), ids: str = "uniform", scale: float = 1.0):
@@ -51,8 +52,15 @@ def assert_same(a: Fillings, b: Fillings) -> None:
     st.sampled_from([0.0, 1e-3, 0.1, 1.0, 30.0]),
 )
 def test_round_trips(seed, vocabulary, k, counts, hot, ids, scale):
+    """By the decoder, and by one that follows the page a number at a time."""
     f = fillings(seed, vocabulary, k, counts, hot, ids, scale)
-    assert_same(f, again(f, encode(f)))
+    data = encode(f)
+    assert_same(f, again(f, data))
+    if data:
+        found_ids, logps, log_z = read_packed(data)
+        assert found_ids == f.ids.tolist()
+        assert logps == f.levels.logp_MK.reshape(-1).tolist()
+        assert log_z == f.levels.log_z.reshape(-1).tolist()
 
 
 @settings(deadline=None)
@@ -77,6 +85,7 @@ def test_frequent_ids_take_few_bytes():
     f = Fillings(f.vocabulary, f.count_M, rng.choice(few, 4800).astype(np.int32), f.levels)
     data = encode(f)
     assert_same(f, again(f, data))
+    assert read_packed(data)[0] == f.ids.tolist()
     assert len(data) < 4800 * 8 / 8 + 4800 / 8 + 1500 + 500
 
 
@@ -89,6 +98,7 @@ def test_outliers_take_their_own_bytes_only():
     ids = np.arange(1600, dtype=np.int32)
     near_bytes, far_bytes = (encode(Fillings(2000, np.ones(100, np.int64), ids, x)) for x in (levels, far))
     assert len(far_bytes) < len(near_bytes) + 40
+    assert read_packed(far_bytes)[1] == far.logp_MK.reshape(-1).tolist()
 
 
 def test_ids_outside_of_the_vocabulary_are_refused():
