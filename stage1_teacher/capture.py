@@ -48,6 +48,11 @@ class Extent:
     limit: int | None = None
     part: ShardPart = WHOLE
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the corpus can be read from its start to its end without downloading it."""
+        return self.corpus == "stdlib" or Path(self.corpus).expanduser().exists()
+
     def open(self) -> Iterator[RawDocument]:
         """The corpus as it is, from its start."""
         return open_corpus(self.corpus, text_column=self.text_column, limit=self.limit, split=self.split)
@@ -210,7 +215,7 @@ def count_documents(extent: Extent, spec: CaptureSpec, stop: Any) -> dict[bool, 
     """The part's documents by whether they are held out, for the remaining time; None where counting would mean
     downloading, or when the event `stop` is set meanwhile.
     """
-    if extent.corpus != "stdlib" and not Path(extent.corpus).expanduser().exists():
+    if not extent.is_here:
         return None
     rule, share = held_out_rule(spec.held_out)
     seen: Counter[bool] = Counter()

@@ -18,6 +18,7 @@ from shared.errors import TidecacheError
 from shared.spec import CaptureSpec
 from stage1_teacher.check_command import check
 from stage1_teacher.options import CaptureOptions, takes_capture_options
+from stage1_teacher.plan_command import plan
 
 if TYPE_CHECKING:
     from stage1_teacher.capture import Extent, Report
@@ -31,6 +32,7 @@ def group() -> None:
     """Stage 1: run the teacher once and write its likelihoods to a cache."""
 
 
+app.command()(plan)
 app.command()(check)
 
 

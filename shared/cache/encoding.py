@@ -68,7 +68,7 @@ def encode_stored(
     `statistics`: those of the footer, where the exact scores that they come from are not at hand.
     """
     rows = _rows(spec, shard, stored, draws)
-    documents_file, documents_content = _documents_file(spec, shard, stored, sorted(dropped, key=lambda item: item[0]))
+    documents_file, documents_content = encode_documents(spec, shard, stored, sorted(dropped, key=lambda item: item[0]))
     likelihoods_file, content = _likelihoods_file(spec, shard, rows, batch_tokens, statistics)
     receipt = Receipt(
         range=shard,
@@ -84,13 +84,13 @@ def encode_stored(
     return EncodedShard(receipt, (documents_file, likelihoods_file), documents_content)
 
 
-def _documents_file(
+def encode_documents(
     spec: CaptureSpec,
     shard: ShardRange,
     documents: Sequence[StoredDocument],
     dropped: Sequence[tuple[int, Dropped]],
 ) -> tuple[tuple[FileRecord, bytes], str]:
-    """((record, bytes), the sum of the documents' digests)."""
+    """A shard's documents file, which needs no teacher: ((record, bytes), the sum of the documents' digests)."""
     path = f"{SHARDS_FOLDER}/{shard.documents_name}.documents.parquet"
     content = format.sum_digests([int.from_bytes(format.document_digest(d), "little") for d in documents])
     table = format.documents_table(documents)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.cache.manifest import HELD_OUT_FOLDER, FileRecord, Manifest
-from shared.cache.parquet import footer_of, read_metadata
+from shared.cache.parquet import column_bytes, footer_of, read_metadata
 from shared.cache.reader import Cache
 from shared.cache.remote import Folder
 from shared.cache.statistics import CONFIDENCE_BINS, TIMESTEP_BINS, ContextStatistics
@@ -114,17 +114,15 @@ class _Sizes:
 
     def add_columns(self, record: FileRecord, metadata: Any) -> None:
         """A likelihoods file by column; what is no column (footer, page index) comes under its own name."""
-        rest = record.size_bytes
-        for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
-            for column in (group.column(i) for i in range(group.num_columns)):
-                name = column.path_in_schema.split(".")[0]
-                lane = _lane(name) if name in record.columns else SUPERSEDED
-                self.by_lane[lane] = self.by_lane.get(lane, 0) + column.total_compressed_size
-                rest -= column.total_compressed_size
-        self.by_lane["footers"] = self.by_lane.get("footers", 0) + rest
+        sizes = column_bytes(metadata)
+        for name, size in sizes.items():
+            lane = lane_of(name) if name in record.columns else SUPERSEDED
+            self.by_lane[lane] = self.by_lane.get(lane, 0) + size
+        self.by_lane["footers"] = self.by_lane.get("footers", 0) + record.size_bytes - sum(sizes.values())
 
 
-def _lane(column: str) -> str:
+def lane_of(column: str) -> str:
+    """The lane that a column of the likelihoods files is counted in."""
     context, _, name = column.partition("_")
     if name not in LANE_OF_COLUMN:
         return "timestep, masked, split"

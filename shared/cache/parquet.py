@@ -135,6 +135,18 @@ def read_metadata(root: Folder, record: FileRecord) -> pq.FileMetaData:
         raise files.DamagedError(path, f"its footer cannot be read ({error})", REMEDY) from error
 
 
+def column_bytes(metadata: pq.FileMetaData) -> dict[str, int]:
+    """Compressed bytes of each top-level column over all row groups, in the file's order; what else a file holds is its
+    footer and page index.
+    """
+    found: dict[str, int] = {}
+    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+        for column in (group.column(i) for i in range(group.num_columns)):
+            name = column.path_in_schema.split(".")[0]
+            found[name] = found.get(name, 0) + column.total_compressed_size
+    return found
+
+
 def read_narrow(root: Folder, record: FileRecord, columns: list[str]) -> pa.Table:
     """A few narrow columns of a data file, without reading the rest of it, so its digest is not checked; the pages'
     checksums are. For an index: what goes into a batch comes from `open_parquet`.
