@@ -28,7 +28,7 @@ from shared.tokenization import TextTokenizer
 from shared.unlocks import Unlock, unlocks
 from stage1_teacher.capture import Extent
 from stage1_teacher.draft import Draft
-from stage1_teacher.plan_sample import RUN_DRAWS, Run, Scan, Scored, prepare_runs, scan, score_sample
+from stage1_teacher.plan_sample import GROUPS, RUN_DRAWS, Run, Scan, Scored, prepare_runs, scan, score_sample
 from stage1_teacher.shards import ShardMaker
 
 NEGLECTED = 0.01  # relative error of the scaling itself
@@ -222,12 +222,15 @@ def _lane_bytes(
 
 
 def _byte_error(scored: Scored, documents: int) -> float:
-    """Relative standard error of the bytes per scored token, from how far the groups differ."""
-    per_token = np.array([g.bytes_per_position for g in scored.groups])
-    if len(per_token) < 2:
-        return 0.05
+    """Relative standard error of the columns' bytes, from how far the groups lie from a line over their positions."""
+    size_G = np.array([g.size_bytes for g in scored.groups], dtype=np.float64)
+    position_G = np.array([g.positions for g in scored.groups], dtype=np.float64)
+    groups = len(size_G)
     share = min(1.0, scored.documents / max(documents, 1))
-    return float(per_token.std(ddof=1) / per_token.mean() / np.sqrt(len(per_token)) * np.sqrt(1 - share))
+    if groups < GROUPS or not position_G.std():
+        return 0.05 * math.sqrt(1 - share)
+    rest_G = size_G - np.polyval(np.polyfit(position_G, size_G, 1), position_G)
+    return float(np.sqrt(groups * (rest_G**2).sum() / (groups - 2) * (1 - share)) / size_G.sum())
 
 
 def _seconds(

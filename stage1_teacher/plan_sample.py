@@ -43,7 +43,7 @@ from stage1_teacher.planning import Segment, corpus_digest
 from stage1_teacher.shards import ShardMaker
 
 REMOTE_SCAN = 10_000  # documents read of a corpus that would have to be downloaded whole
-RUNS = 16
+PREPARED = 1024  # documents of all runs
 RUN_DOCUMENTS = 128  # of one run; a shard of more is looked at in part
 RUN_DRAWS = 8  # draws planned of each document: every prefix of draws covers the timesteps evenly
 SCORED_DRAWS = 4
@@ -130,13 +130,16 @@ class Run:
     seconds: float
 
 
-def prepare_runs(extent: Extent, spec: CaptureSpec, maker: ShardMaker, found: Scan, runs: int = RUNS) -> list[Run]:
-    """Read the corpus again and prepare the first documents of at most `runs` shards, evenly spaced over all of them.
+def prepare_runs(extent: Extent, spec: CaptureSpec, maker: ShardMaker, found: Scan) -> list[Run]:
+    """Read the corpus again and prepare the first documents of some shards, evenly spaced over all of them.
 
     Raises:
         TidecacheError: the corpus is broken, or not one document of the runs can be captured.
     """
     shards = [(held_out, *shard) for held_out, s in found.slices.items() for shard in s.shards(extent)]
+    if not shards:
+        raise TidecacheError("--part: there are fewer shards than parts, so this part has none: nothing to plan")
+    runs = -(-PREPARED // min(extent.documents_per_shard, RUN_DOCUMENTS))
     chosen = [shards[i] for i in spread(len(shards), runs)]
     wanted = {(held_out, first): min(stop, first + RUN_DOCUMENTS) for held_out, first, stop in chosen}
     seen = {False: 0, True: 0}
@@ -196,13 +199,13 @@ def _run(
 @dataclass(frozen=True)
 class Group:
     """Some documents through the teacher: positions over all contexts, seconds in the teacher and for fillings and
-    encoding, and what the columns take in a file of their own, per position.
+    encoding, and bytes of the columns in a file of their own.
     """
 
     positions: int
     seconds: float
     encoding_seconds: float
-    bytes_per_position: float
+    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -265,7 +268,7 @@ def score_sample(
         end = time.monotonic()
         records += found
         size_bytes = sum(column_bytes(pq.read_metadata(pa.BufferReader(data))).values())
-        groups.append(Group(job.positions, middle - begin, end - middle, size_bytes / max(job.positions, 1)))
+        groups.append(Group(job.positions, middle - begin, end - middle, size_bytes))
     return _encoded(spec, extent, subjects, draws, records, tuple(groups))
 
 
