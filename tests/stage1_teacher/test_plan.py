@@ -75,7 +75,7 @@ SMALL = [
     {"lanes": "gold", "context": "plain", "draws": 4},
     {"lanes": "gold", "context": "compdemo", "draws": 1, "documents_per_shard": 7},
     {"context": "both", "draws": 2, "k": 4},
-    {"context": "both", "draws": 9, "k": 2, "documents_per_shard": 100},
+    {"context": "both", "draws": 9, "k": 2, "documents_per_shard": 100, "codec": "packed"},
     {"context": "plain", "draws": 2, "k": 4, "tail_samples": 3, "temperatures": "1,2,3"},
     {"context": "plain", "draws": 2, "k": 4, "held_out": "none", "part": "2/3"},
 ]
