@@ -35,6 +35,7 @@ CONFIGURATIONS = {
     "12 draws": {"k": 8, "draws": 12, "documents_per_shard": 32, "limit": 60},
     "packed": {"codec": "packed", "draws": 2},
     "tail samples": {"tail_samples": 4, "context": "plain", "draws": 1},
+    "many documents": {"lanes": "gold", "context": "plain", "draws": 1, "limit": 1600},
 }
 
 
@@ -82,8 +83,8 @@ def main() -> None:
         for seed in range(given.seeds) if given.only in (None, name) else ():
             with tempfile.TemporaryDirectory() as folder:
                 corpus = Path(folder) / "corpus.jsonl"
-                write_corpus(corpus, seed, 4 * given.limit)
                 fields = {"limit": given.limit, "seed": seed, **changes}
+                write_corpus(corpus, seed, fields["limit"])
                 options = CaptureOptions(corpus=str(corpus), out=Path(folder) / "cache", **fields)
                 found = compare(options, given.sample)
             plan, actual = found["plan"], found["bytes"]

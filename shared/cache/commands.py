@@ -44,14 +44,14 @@ def inspect(
     from shared.cache.inspect_text import render
 
     inspection = inspect_cache(cache, sample)
-    if as_json:
-        typer.echo(json.dumps(inspection.to_json(), indent=1))
-        return
     if html is not None:
         from shared.cache.page import write_page
 
         size = write_page(html, inspection, documents)
-        typer.echo(f"{html}: {size:,} bytes; open it in a browser")
+        typer.echo(f"{html}: {size:,} bytes; open it in a browser", err=as_json)
+    if as_json:
+        typer.echo(json.dumps(inspection.to_json(), indent=1))
+    if as_json or html is not None:
         return
     from rich.console import Console
 

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shared.cache.files import DamagedError
 from shared.cache.manifest import HELD_OUT_FOLDER, FileRecord, Manifest
-from shared.cache.parquet import column_bytes, footer_of, read_metadata
+from shared.cache.parquet import REMEDY, column_bytes, footer_of, read_metadata
 from shared.cache.reader import Cache
 from shared.cache.remote import Folder
 from shared.cache.statistics import CONFIDENCE_BINS, TIMESTEP_BINS, ContextStatistics
@@ -26,6 +27,7 @@ from shared.cache.survey import Survey, length_at, per_chunk, survey_cache
 
 SAMPLE = 16  # document ranges whose rows are read
 
+ALL_TIMESTEPS = slice(None)
 SUPERSEDED = "superseded"  # columns that a later file replaces; nobody reads them
 
 LANE_OF_COLUMN = {
@@ -61,6 +63,7 @@ class Inspection:
             "lane_bytes": dict(self.lane_bytes),
             "timesteps": {context: self.timesteps(context) for context in self.statistics},
             "calibration": {context: calibration(s) for context, s in self.statistics.items()},
+            "sums": {context: s.to_json() for context, s in self.statistics.items()},
             "sample": None if self.survey is None else _sample(self.survey),
             "compdemo_against_plain": pairs(self.survey),
             "held_out": None if self.held_out is None else self.held_out.to_json()["totals"],
@@ -91,13 +94,17 @@ def inspect_cache(path: str | Path, sample: int = SAMPLE) -> Inspection:
     for record in {r.documents.path: r.documents for r in cache.shards}.values():
         sizes.add_file("documents", record)
     for receipt in cache.shards:
-        own: dict[str, Any] = {}  # a further file has a context's figures with what it adds to them
-        for record in receipt.likelihoods:
-            metadata = read_metadata(cache.path, record)
-            sizes.add_columns(record, metadata)
-            own |= footer_of(metadata.metadata).get("statistics", {})
-        for context in statistics:
-            statistics[context] = statistics[context] + ContextStatistics.from_json(own[context])
+        try:
+            own: dict[str, Any] = {}  # a further file has a context's figures with what it adds to them
+            for record in receipt.likelihoods:
+                metadata = read_metadata(cache.path, record)
+                sizes.add_columns(record, metadata)
+                own |= footer_of(metadata.metadata).get("statistics", {})
+            for context in statistics:
+                statistics[context] = statistics[context] + ContextStatistics.from_json(own[context])
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            where = cache.path / receipt.likelihoods[-1].path
+            raise DamagedError(where, f"its footer has no statistics that fit the spec ({error!r})", REMEDY) from error
     inner = cache.path / HELD_OUT_FOLDER
     held_out = Cache.open(inner).manifest if isinstance(inner, Path) and inner.is_dir() else None
     return Inspection(cache.path, cache.manifest, sizes.by_lane, statistics, survey_cache(cache, sample), held_out)
@@ -157,12 +164,13 @@ def _mean(sum_T: npt.NDArray[np.float64], chunks: float) -> list[float]:
     return [float(x / chunks) for x in sum_T]
 
 
-def calibration(statistics: ContextStatistics) -> list[dict[str, Any]]:
-    """The reliability curve over all timesteps: one entry per bin of the best filling's probability that has chunks."""
+def calibration(statistics: ContextStatistics, timesteps: slice = ALL_TIMESTEPS) -> list[dict[str, Any]]:
+    """The reliability curve over some timestep bins: one entry per bin of the best filling's probability with chunks."""
     entries = []
     for e in range(CONFIDENCE_BINS):
         chunks, confidence, hits = (
-            float(a.sum(0)[e]) for a in (statistics.confident_BE, statistics.confidence_BE, statistics.hits_BE)
+            float(a[timesteps].sum(0)[e])
+            for a in (statistics.confident_BE, statistics.confidence_BE, statistics.hits_BE)
         )
         if chunks:
             entries.append(

@@ -50,15 +50,20 @@ def _legend(inspection: Inspection) -> str:
             "ECE: expected calibration error of the probability of that filling. tail T: probability outside the top k "
             f"at temperature T. KL from the exact to the stored top-k distribution: {kl:.1e} nats at most in any row."
         )
-    survey = inspection.survey
-    if survey is None:
-        lines.append("No row was read (--sample 0): without chunk lengths, entropy, and compdemo against plain.")
-    elif survey.ranges_read < survey.ranges_total:
-        lines.append(
-            f"Chunk lengths, entropy, and compdemo against plain: from {survey.documents:,} documents, evenly spaced "
-            f"({survey.ranges_read} of {survey.ranges_total:,} document ranges; --sample N reads more). All else: exact."
-        )
+    lines += [note] if (note := sample_note(inspection.survey)) else []
     return "\n".join(lines)
+
+
+def sample_note(survey: Survey | None) -> str:
+    """Which figures come from a sample, and from how much; empty where all rows were read."""
+    if survey is None:
+        return "No row was read (--sample 0): without chunk lengths, entropy, and compdemo against plain."
+    if survey.ranges_read == survey.ranges_total:
+        return ""
+    return (
+        f"Chunk lengths, entropy, and compdemo against plain: from {survey.documents:,} documents, evenly spaced "
+        f"({survey.ranges_read} of {survey.ranges_total:,} document ranges; --sample N reads more). All else: exact."
+    )
 
 
 def _all_bins(inspection: Inspection) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ import numpy as np
 from shared import __version__
 from shared.cache.excerpts import plain, read_excerpts
 from shared.cache.inspect import Inspection, calibration, pairs
-from shared.cache.inspect_text import facts
+from shared.cache.inspect_text import facts, sample_note
 from shared.cache.plots import Bars, Curve, Plot, Table, bars_svg, colour, note_html, svg, table_html
 from shared.cache.reader import Cache
 from shared.errors import TidecacheError
@@ -57,6 +57,7 @@ def page(inspection: Inspection, excerpts: dict[str, Any]) -> str:
         TITLE=_escape(str(inspection.path).rstrip("/").rpartition("/")[2]),
         LEAD=_escape(_lead(inspection)),
         FACTS="".join(f"<div><dt>{_escape(k)}</dt><dd>{_escape(v)}</dd></div>" for k, v in facts(inspection).items()),
+        SAMPLE=note_html(sample_note(inspection.survey)),
         FIGURES="".join(_figures(inspection)),
         TABLES="".join(_tables(inspection)),
         FOOTER=_escape(f"Made by tidecache {__version__}. Content {inspection.manifest.content}."),
@@ -169,6 +170,7 @@ def _topk_plots(inspection: Inspection) -> list[Plot]:
             reliability,
             "Above the diagonal the teacher is right more often than it says, below less often. All timesteps.",
         ),
+        *_reliability_by_timestep(inspection),
         Plot(
             "Calibration error (ECE) by timestep",
             "timestep t",
@@ -203,6 +205,31 @@ def _topk_plots(inspection: Inspection) -> list[Plot]:
             include=[0.0],
         ),
     ]
+
+
+def _reliability_by_timestep(inspection: Inspection) -> list[Plot]:
+    """Per context the reliability curve for little, middling and much noise."""
+    plots = []
+    for context, sums in inspection.statistics.items():
+        curves = [Curve("calibrated", [0.0, 1.0], [0.0, 1.0], dashed=True)]
+        for name, bins, number in (
+            ("t < 0.3", slice(0, 3), 3),
+            ("0.3 – 0.7", slice(3, 7), 6),
+            ("t ≥ 0.7", slice(7, 10), 4),
+        ):
+            found = calibration(sums, bins)
+            curves.append(
+                Curve(name, [c["confidence"] for c in found], [c["best_is_gold"] for c in found], colour=number)
+            )
+        plots.append(
+            Plot(
+                f"Calibration by timestep, {context}",
+                "its probability",
+                "share that is the gold",
+                [c for c in curves if c.x],
+            )
+        )
+    return plots
 
 
 def _minus(value: float | None) -> float | None:

@@ -29,6 +29,7 @@ from shared.spec import CaptureSpec
 
 LONGEST_BYTES = 32  # chunk lengths are counted up to here, longer ones together
 LONGEST_TOKENS = 8
+DRAWS_AT_ONCE = 256  # what is derived from so many stays far smaller than a shard
 
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -144,14 +145,21 @@ def survey_cache(cache: Cache, sample: int) -> Survey | None:
             len(content) for d in stored for content, m in zip(d.contents, d.messages, strict=True) if m.trainable
         )
         covered += _count_lengths(stored, *lengths)
+        gains = _Gains.of(len(stored)) if pair is not None else None
+        place = {d.key: i for i, d in enumerate(stored)}
         for index in group:
             rows = cache.read_shard(index).draws
             draws += len(rows)
-            columns = _Columns.of(rows)
-            for context in spec.contexts if len(columns.count_M) else ():
-                contexts[context] = _add(contexts[context], survey_context(spec, columns, context))
-            if pair is not None and len(columns.count_M):
-                pair = _add(pair, survey_pair(columns))
+            for first in range(0, len(rows), DRAWS_AT_ONCE):
+                columns = _Columns.of(rows[first : first + DRAWS_AT_ONCE], place)
+                if not len(columns.count_M):
+                    continue
+                for context in spec.contexts:
+                    contexts[context] = _add(contexts[context], survey_context(spec, columns, context))
+                if gains is not None:
+                    gains.add(columns)
+        if pair is not None and gains is not None:
+            pair = _add(pair, gains.sums)
     return Survey(len(chosen), len(groups), documents, draws, trainable, covered, *lengths, contexts, pair)
 
 
@@ -180,15 +188,13 @@ class _Columns:
     document_M: IntArray
 
     @classmethod
-    def of(cls, draws: Sequence[Draw]) -> _Columns:
+    def of(cls, draws: Sequence[Draw], place: Mapping[str, int]) -> _Columns:
         chunks = [len(d.chunks) for d in draws]
-        number: dict[str, int] = {}
-        documents = [number.setdefault(d.document, len(number)) for d in draws]
         return cls(
             draws,
             np.concatenate([np.zeros(0, dtype=np.int64), *(d.token_count_M for d in draws)]),
             np.repeat(np.array([timestep_bin(d.timestep) for d in draws], dtype=np.int64), chunks),
-            np.repeat(np.array(documents, dtype=np.int64), chunks),
+            np.repeat(np.array([place[d.document] for d in draws], dtype=np.int64), chunks),
         )
 
     @property
@@ -251,23 +257,40 @@ def gold_rank(gold_N: npt.NDArray[np.int32], topk_ids: npt.NDArray[np.int32], co
     return np.asarray(np.where(hit_MK.any(1), hit_MK.argmax(1), k))
 
 
-def survey_pair(columns: _Columns) -> PairSurvey:
-    """compdemo minus plain over one shard with at least one masked chunk."""
-    gain_N = columns.scores("compdemo", "gold_logp_N").astype(np.float64) - columns.scores("plain", "gold_logp_N")
-    gain_M = np.add.reduceat(gain_N, columns.start_M)
-    group_M = columns.bin_M * (columns.document_M.max() + 1) + columns.document_M
-    size = TIMESTEP_BINS * (int(columns.document_M.max()) + 1)
-    gain_BD = np.bincount(group_M, weights=gain_M, minlength=size).reshape(TIMESTEP_BINS, -1)
-    chunks_BD = np.bincount(group_M, minlength=size).reshape(TIMESTEP_BINS, -1).astype(np.float64)
-    return PairSurvey(
-        chunks_B=columns.by_bin(),
-        tokens_B=columns.by_bin(columns.count_M),
-        gain_B=columns.by_bin(gain_M),
-        better_B=columns.by_bin((gain_M > 0) + 0.5 * (gain_M == 0)),
-        gain_gain_B=(gain_BD**2).sum(1),
-        gain_chunks_B=(gain_BD * chunks_BD).sum(1),
-        chunks_chunks_B=(chunks_BD**2).sum(1),
-    )
+@dataclass(frozen=True)
+class _Gains:
+    """compdemo minus plain, summed by timestep and document of one document range, over all of its shards."""
+
+    chunks_BD: Array
+    tokens_BD: Array
+    gain_BD: Array
+    better_BD: Array
+
+    @classmethod
+    def of(cls, documents: int) -> _Gains:
+        return cls(*(np.zeros((TIMESTEP_BINS, documents)) for _ in fields(cls)))
+
+    def add(self, columns: _Columns) -> None:
+        """Add draws with at least one masked chunk, in place."""
+        gain_N = columns.scores("compdemo", "gold_logp_N").astype(np.float64) - columns.scores("plain", "gold_logp_N")
+        gain_M = np.add.reduceat(gain_N, columns.start_M)
+        place_M = (columns.bin_M, columns.document_M)
+        np.add.at(self.chunks_BD, place_M, 1.0)
+        np.add.at(self.tokens_BD, place_M, columns.count_M)
+        np.add.at(self.gain_BD, place_M, gain_M)
+        np.add.at(self.better_BD, place_M, (gain_M > 0) + 0.5 * (gain_M == 0))
+
+    @property
+    def sums(self) -> PairSurvey:
+        return PairSurvey(
+            chunks_B=self.chunks_BD.sum(1),
+            tokens_B=self.tokens_BD.sum(1),
+            gain_B=self.gain_BD.sum(1),
+            better_B=self.better_BD.sum(1),
+            gain_gain_B=(self.gain_BD**2).sum(1),
+            gain_chunks_B=(self.gain_BD * self.chunks_BD).sum(1),
+            chunks_chunks_B=(self.chunks_BD**2).sum(1),
+        )
 
 
 def length_at(counts: IntArray, share: float) -> int:

@@ -237,6 +237,8 @@ def test_the_command_writes_the_page(folder, tmp_path):
     done = CliRunner().invoke(app, ["inspect", str(folder), "--html", str(target), "--documents", "3"])
     assert done.exit_code == 0, done.output
     assert f"{target.stat().st_size:,} bytes" in done.output
+    both = CliRunner().invoke(app, ["inspect", str(folder), "--json", "--html", str(target), "--documents", "1"])
+    assert json.loads(both.stdout)["shards"] == 1
     with pytest.raises(TidecacheError, match="--html"):
         write_page(tmp_path, inspect_cache(folder), 1)
 

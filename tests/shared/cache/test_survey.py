@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.cache import open_cache
+from shared.cache import survey as survey_module
 from shared.cache.inspect import inspect_cache, pairs
 from shared.cache.records import ShardRange
 from shared.cache.survey import entropy_range, gold_rank, length_at, spread, survey_cache
@@ -23,7 +25,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("cache")
     writer = synthetic.build(path, documents=20, contexts=("compdemo", "plain"))
     for first in range(0, 20, 4):
-        synthetic.write(writer, ShardRange(first, first + 4, 4, 6), (2,))
+        synthetic.write(writer, ShardRange(first, first + 4, 4, 24), (2,))
     writer.finish()
     return path
 
@@ -35,6 +37,12 @@ def by_bin(draws, value):
         for m in range(len(d.chunks)):
             sums[min(int(d.timestep * 10), 9)] += value(d, m)
     return sums
+
+
+@pytest.fixture(params=[256, 5], autouse=True)
+def block(request, monkeypatch):
+    """Blocks that cut through the draws of a document give the same."""
+    monkeypatch.setattr(survey_module, "DRAWS_AT_ONCE", request.param)
 
 
 def test_the_whole_cache_agrees_with_a_loop_over_its_draws(folder):
@@ -149,7 +157,7 @@ def test_a_sample_is_spread_over_the_cache_and_says_so(folder):
     assert spread(100, 4) == [12, 37, 62, 87]
     survey = survey_cache(open_cache(folder), 2)
     assert (survey.ranges_read, survey.ranges_total, survey.documents) == (2, 5, 8)
-    assert survey.draws == 8 * 6  # both draw ranges of each
+    assert survey.draws == 8 * 24  # both draw ranges of each
     assert inspect_cache(folder, sample=2).to_json()["sample"]["of_document_ranges"] == 5
     assert inspect_cache(folder, sample=0).to_json()["sample"] is None
 
@@ -162,6 +170,29 @@ def test_only_the_sample_is_read(folder, tmp_path):
     assert inspect_cache(tmp_path, sample=1).survey.documents == 4
     with pytest.raises(TidecacheError, match=victim.name):
         inspect_cache(tmp_path, sample=3)
+
+
+def test_a_footer_without_fitting_statistics_is_refused(tmp_path):
+    """A file whose digest is right and whose footer is not what a capture writes."""
+    import pyarrow.parquet as pq
+
+    from shared.cache.manifest import FileRecord, derive, read_manifest, seal
+    from shared.cache.parquet import encode, footer_of
+
+    synthetic.build(tmp_path, documents=4)
+    manifest = read_manifest(tmp_path)
+    [receipt] = manifest.shards
+    path = tmp_path / receipt.likelihoods[0].path
+    footer = footer_of(pq.read_metadata(path).metadata)
+    for statistics in ({}, {"compdemo": {"chunks_B": 3}}, {"compdemo": [1, 2]}, []):
+        data = encode(pq.read_table(path), {**footer, "statistics": statistics})
+        path.write_bytes(data)
+        old = receipt.likelihoods[0]
+        changed = replace(receipt, likelihoods=(FileRecord.of(old.path, data, old.rows, old.columns),))
+        made = derive(manifest.spec, manifest.vocabulary, [changed])
+        (tmp_path / "manifest.json").write_bytes(seal(made.to_json()))
+        with pytest.raises(TidecacheError, match="no statistics that fit"):
+            inspect_cache(tmp_path)
 
 
 def test_percentiles_of_lengths():
