@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +27,8 @@ def register(app: typer.Typer) -> None:
     app.command()(diff)
     app.command()(merge)
     app.command("slice")(slice_)
+    app.command()(push)
+    app.command()(pull)
 
 
 def describe(folder: Path, manifest: Manifest, held_out: Manifest | None) -> str:
@@ -143,3 +147,55 @@ def merge(
     merged = merge_caches(caches, out)
     repeated = f"; {merged.repeated} shards were there more than once" if merged.repeated else ""
     typer.echo(f"{describe(out, merged.manifest, merged.held_out)}{repeated}")
+
+
+def push(
+    cache: Annotated[Path, typer.Argument(help="The cache's folder.", metavar="CACHE")],
+    repo: Annotated[str, typer.Argument(help="A dataset repository, such as name/dataset.", metavar="REPO")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository readable by anybody.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch.", show_default="main")] = None,
+) -> None:
+    """Push a cache to the Hugging Face Hub, with a dataset card.
+
+    Its texts go with it: a new repository is private, unless you say otherwise. The manifest comes with the last commit.
+
+    If it is stopped, the same command goes on.
+    """
+    from shared.cache.pushing import push_cache
+
+    with _progress("pushed") as watch:
+        pushed = push_cache(cache, repo, public, revision, watch)
+    typer.echo(
+        f"{pushed.url} at {pushed.commit[:12]}: {pushed.files:,} files sent; its card says what it holds: choose a licence"
+    )
+
+
+def pull(
+    repo: Annotated[str, typer.Argument(help="A dataset repository, such as name/dataset.", metavar="REPO")],
+    out: OutPath,
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit.", show_default="main")] = None,
+) -> None:
+    """Pull a cache from the Hugging Face Hub; every digest is checked before it counts.
+
+    If it is stopped, the same command goes on. A cache that is there already is brought up to date.
+    """
+    from shared.cache.pulling import pull_cache
+
+    with _progress("pulled") as watch:
+        pulled = pull_cache(repo, out, revision, watch)
+    typer.echo(
+        f"{describe(out, pulled.manifest, pulled.held_out)}; {pulled.files:,} files loaded, commit {pulled.commit[:12]}"
+    )
+
+
+@contextlib.contextmanager
+def _progress(verb: str) -> Iterator[Callable[[int], None]]:
+    """A line of bytes done, on a terminal."""
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(verb, total=None)
+        yield lambda size: progress.advance(task, size)

@@ -70,7 +70,7 @@ class CacheWriter:
         data = encode(table, {"format": FORMAT_VERSION, "name": vocabulary.name, "tokenizer": vocabulary.digest})
         record = FileRecord.of(VOCABULARY_FILE, data, len(vocabulary), table.column_names)
         if not (root / MANIFEST_FILE).exists():
-            _refuse_foreign_folder(root)
+            refuse_foreign_folder(root)
             files.write(root, VOCABULARY_FILE, data)
             first = derive(spec, record, (), _earlier_fingerprints(root, spec))
             files.write(root, MANIFEST_FILE, seal(first.to_json()), exclusive=True)
@@ -252,7 +252,7 @@ def _another_spec(root: Path, existing: Manifest, spec: CaptureSpec, changed: li
     return f"{root} holds a cache with another spec ({fields}): {advice}"
 
 
-def _refuse_foreign_folder(root: Path) -> None:
+def refuse_foreign_folder(root: Path) -> None:
     """A folder without a manifest is taken only if it holds nothing that is not a cache's."""
     if root.exists() and not root.is_dir():
         raise TidecacheError(f"{root}: expected a folder for the cache, found a file: give another --out")
