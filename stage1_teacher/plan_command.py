@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,7 +37,7 @@ def plan(
 
     draft = Draft.of(options)
     found = make_plan(draft, sample)
-    _show(Console(), found, draft.extent, draft.preset.name)
+    _show(Console(), found, draft.extent, draft.preset.name, draft.folder(found.spec))
     if json_file is not None:
         try:
             json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
@@ -44,11 +45,12 @@ def plan(
             raise TidecacheError(f"--json {json_file}: cannot be written: {error.strerror}") from error
 
 
-def _show(console: Console, found: Plan, extent: Extent, teacher: str) -> None:
+def _show(console: Console, found: Plan, extent: Extent, teacher: str, folder: Path) -> None:
     from rich.filesize import decimal
     from rich.table import Table
 
     from shared.cache.encoding import MAX_SHARD_BYTES
+    from shared.cache.manifest import MANIFEST_FILE, read_manifest
     from stage1_teacher.progress import duration, show_rows
 
     spec, size, measured = found.spec, found.size_bytes, found.measured
@@ -81,6 +83,17 @@ def _show(console: Console, found: Plan, extent: Extent, teacher: str) -> None:
     if found.largest_shard > 0.8 * MAX_SHARD_BYTES:
         fewer = max(1, extent.documents_per_shard * MAX_SHARD_BYTES // (2 * found.largest_shard))
         rows.append(("too large", f"shards of {decimal(found.largest_shard)}: take --documents-per-shard {fewer}"))
+    free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+    if size * (1 + found.error) > free:
+        rows.append(("disk", f"{decimal(free)} free where {folder} would be: too little"))
+    if (folder / MANIFEST_FILE).exists():
+        shards = len(read_manifest(folder).shards)
+        rows.append(
+            (
+                "there",
+                f"{folder} has {shards:,} {'shard' if shards == 1 else 'shards'} already; this plan is as if it had none",
+            )
+        )
     show_rows(console, f"plan with {teacher}", rows)
     console.print()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

@@ -57,11 +57,11 @@ def _legend(inspection: Inspection) -> str:
 def sample_note(survey: Survey | None) -> str:
     """Which figures come from a sample, and from how much; empty where all rows were read."""
     if survey is None:
-        return "No row was read (--sample 0): without chunk lengths, entropy, and compdemo against plain."
+        return "No row was read (--sample 0): no chunk lengths, coverage, entropy, and compdemo against plain."
     if survey.ranges_read == survey.ranges_total:
         return ""
     return (
-        f"Chunk lengths, entropy, and compdemo against plain: from {survey.documents:,} documents, evenly spaced "
+        f"Chunk lengths, coverage, entropy, gold among the k, compdemo against plain: from {survey.documents:,} documents, evenly spaced "
         f"({survey.ranges_read} of {survey.ranges_total:,} document ranges; --sample N reads more). All else: exact."
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,6 +179,18 @@ def test_the_command_says_it_and_writes_no_cache(teacher, tmp_path, monkeypatch)
         "reverse-calm-tidal", "tide-shared-x", "tide-shared", "events", "cross-entropy"
     ]  # fmt: skip
     assert not (tmp_path / "caches").exists()
+    assert "free where" not in done.output
+    out = tmp_path / "there"
+    draft = Draft.of(CaptureOptions(teacher=teacher, corpus=str(corpus), draws=2, k=4, limit=4, out=out))
+    loaded, spec = draft.load()
+    Capture(
+        LocalEngine(loaded, ShardMaker(spec, draft.tokenizer, draft.students)),
+        draft.tokenizer, spec, draft.extent, out, _Unheard(),
+    ).run()  # fmt: skip
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    again = " ".join(CliRunner().invoke(app, [*given, "--limit", "4", "--out", str(out)]).output.split())
+    assert "has 1 shard already" in again
+    assert "1.0 kB free where" in again
 
 
 @pytest.mark.parametrize(
