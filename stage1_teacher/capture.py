@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from shared.preparation import NO_BOUNDARY
 from shared.spec import CaptureSpec
 from shared.tokenization import TextTokenizer
 from stage1_teacher.pipeline import Timing, Watcher
-from stage1_teacher.planning import WHOLE, Segment, ShardPart, segments
+from stage1_teacher.planning import WHOLE, Listed, Segment, ShardPart, segments
 from stage1_teacher.shards import Engine, FinishedShard
 
 
@@ -57,10 +58,28 @@ class Extent:
         """The corpus as it is, from its start."""
         return open_corpus(self.corpus, text_column=self.text_column, limit=self.limit, split=self.split)
 
-    def stream(self, spec: CaptureSpec, held_out: bool) -> Iterator[RawDocument]:
+    def stream(self, spec: CaptureSpec, held_out: bool) -> Iterator[Listed]:
         """The deduplicated corpus' training documents, or its held-out ones."""
         rule, share = held_out_rule(spec.held_out)
         return (raw for raw in deduplicated(self.open()) if in_held_out(raw, share, rule) == held_out)
+
+    def count(self, spec: CaptureSpec, stop: threading.Event) -> dict[bool, int] | None:
+        """The part's documents by whether they are held out, for the remaining time; None where counting would mean
+        downloading, or when the event `stop` is set meanwhile.
+        """
+        if not self.is_here:
+            return None
+        rule, share = held_out_rule(spec.held_out)
+        seen: Counter[bool] = Counter()
+        counts: Counter[bool] = Counter()
+        with contextlib.suppress(TidecacheError):  # the capture itself reads the same corpus and says what is wrong
+            for raw in deduplicated(self.open()):
+                held_out = in_held_out(raw, share, rule)
+                counts[held_out] += self.part.holds(seen[held_out], self.documents_per_shard)
+                seen[held_out] += 1
+                if stop.is_set():
+                    return None
+        return {False: counts[False], True: counts[True] if rule != "none" else 0}
 
 
 @dataclass
@@ -209,22 +228,3 @@ def _refuse_nothing_captured(part: Part, spec: CaptureSpec) -> None:
     raise TidecacheError(
         f"{part.folder}: not one document could be captured ({reasons}; for example {example}): {advice}"
     )
-
-
-def count_documents(extent: Extent, spec: CaptureSpec, stop: Any) -> dict[bool, int] | None:
-    """The part's documents by whether they are held out, for the remaining time; None where counting would mean
-    downloading, or when the event `stop` is set meanwhile.
-    """
-    if not extent.is_here:
-        return None
-    rule, share = held_out_rule(spec.held_out)
-    seen: Counter[bool] = Counter()
-    counts: Counter[bool] = Counter()
-    with contextlib.suppress(TidecacheError):  # the capture itself reads the same corpus and says what is wrong
-        for raw in deduplicated(extent.open()):
-            held_out = in_held_out(raw, share, rule)
-            counts[held_out] += extent.part.holds(seen[held_out], extent.documents_per_shard)
-            seen[held_out] += 1
-            if stop.is_set():
-                return None
-    return {False: counts[False], True: counts[True] if rule != "none" else 0}

@@ -6,22 +6,19 @@ teacher (corpus, tokenizers, choices of the spec) is checked before its weights 
 
 from __future__ import annotations
 
-import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shared.errors import TidecacheError
 from shared.spec import CaptureSpec
 from stage1_teacher.check_command import check
+from stage1_teacher.extend_command import extend
 from stage1_teacher.options import CaptureOptions, takes_capture_options
 from stage1_teacher.plan_command import plan
 
 if TYPE_CHECKING:
-    from stage1_teacher.capture import Extent, Report
+    from stage1_teacher.capture import Extent
     from stage1_teacher.presets import Preset
 
 app = typer.Typer(no_args_is_help=True, help="Stage 1: run the teacher once and write its likelihoods to a cache.")
@@ -34,6 +31,7 @@ def group() -> None:
 
 app.command()(plan)
 app.command()(check)
+app.command()(extend)
 
 
 @app.command()
@@ -45,44 +43,24 @@ def capture(
     """Run the teacher over a corpus and write a cache.
 
     May be stopped at any time: the same command goes on from the last complete shard. With a larger corpus or limit, or
-    more draws, it extends the cache that is there.
+    more draws, it extends the cache that is there; `tidecache teacher extend` adds contexts, lanes and fillings, too.
     """
     from rich.console import Console
 
     from stage1_teacher.capture import Capture
     from stage1_teacher.draft import Draft
     from stage1_teacher.engines import open_engine
-    from stage1_teacher.progress import CaptureProgress, show_report
+    from stage1_teacher.progress import CaptureProgress, counted, show_report, stoppable, write_summary
 
     console = Console()
     draft = Draft.of(options)
     with open_engine(draft) as (engine, spec):
         folder = draft.folder(spec)
         _show_plan(console, spec, draft.extent, folder, draft.preset)
-        stop = threading.Event()
-        with CaptureProgress(console) as progress, ThreadPoolExecutor(1, "count") as counting:
-            counting.submit(_expect, progress, draft.extent, spec, stop)
-            try:
-                report = Capture(engine, draft.tokenizer, spec, draft.extent, folder, progress).run()
-            except KeyboardInterrupt:
-                stop.set()
-                console.print(
-                    f"stopped; every complete shard is kept in {folder}: the same command goes on from there",
-                    highlight=False,
-                )
-                raise typer.Exit(130) from None
-            finally:
-                stop.set()
+        with stoppable(console, folder), CaptureProgress(console) as progress, counted(progress, draft.extent, spec):
+            report = Capture(engine, draft.tokenizer, spec, draft.extent, folder, progress).run()
     show_report(console, report)
-    _write_summary(json_file, report)
-
-
-def _expect(progress: Any, extent: Extent, spec: CaptureSpec, stop: threading.Event) -> None:
-    from stage1_teacher.capture import count_documents
-
-    counts = count_documents(extent, spec, stop)
-    if counts is not None:
-        progress.expect(sum(counts.values()))
+    write_summary(json_file, report)
 
 
 def _show_plan(console: Any, spec: CaptureSpec, extent: Extent, folder: Path, preset: Preset) -> None:
@@ -118,15 +96,3 @@ def _show_plan(console: Any, spec: CaptureSpec, extent: Extent, folder: Path, pr
             ("out", str(folder)),
         ],
     )
-
-
-def _write_summary(path: Path | None, report: Report) -> None:
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise TidecacheError(
-            f"--json {path}: the cache is complete, but the summary cannot be written: {error.strerror}"
-        ) from error

@@ -51,11 +51,7 @@ class Draft:
             TidecacheError: there is no such corpus, preset or tokenizer, or a choice that no capture can mean.
         """
         o = options
-        if o.tail_samples and o.backend != "transformers":
-            raise TidecacheError(
-                f"--tail-samples {o.tail_samples}: only the backend transformers samples the tail, found --backend "
-                f"{o.backend}: take --backend transformers, or leave --tail-samples out and store a larger --k"
-            )
+        refuse_tail(o.tail_samples, o.backend)
         if o.engine not in ENGINES:
             raise TidecacheError(f"--engine: expected {' or '.join(ENGINES)}, found {o.engine!r}")
         if o.engine != "ray" and (o.actors, o.gpus_per_actor) != (None, None):
@@ -68,7 +64,7 @@ class Draft:
         extent.open()
         length = o.length or preset.length or LENGTH
         tokenizer = teacher_tokenizer(local_folder(preset.checkpoint), preset.name, preset.template)
-        students = tuple(_student_tokenizer(s) for s in o.students or preset.students or [EMBEDDED_STUDENT])
+        students = tuple(student_tokenizer(s) for s in o.students or preset.students or [EMBEDDED_STUDENT])
         spec = CaptureSpec(
             teacher=UNLOADED,
             students=tuple(StudentTokenizerSpec(s.name, s.digest, o.student_length or length) for s in students),
@@ -77,10 +73,10 @@ class Draft:
             mask_law=o.mask_law,
             demo_ratio=o.demo_ratio,
             seed=o.seed,
-            contexts=_context(o.context),
-            lanes=_words(o.lanes),
+            contexts=contexts_of(o.context),
+            lanes=words(o.lanes),
             k=o.k,
-            temperatures=_numbers(o.temperatures),
+            temperatures=numbers(o.temperatures),
             tail_samples=o.tail_samples,
             codec=o.codec,
             batch_tokens=o.batch_tokens or preset.batch_tokens,
@@ -118,6 +114,19 @@ class Draft:
         return self.options.out or home / f"{self.preset.name}-{spec.fingerprint[:12]}"
 
 
+def refuse_tail(tail_samples: int, backend: str) -> None:
+    """Refuse tail samples from a backend that draws none.
+
+    Raises:
+        TidecacheError: it is so.
+    """
+    if tail_samples and backend != "transformers":
+        raise TidecacheError(
+            f"--tail-samples {tail_samples}: only the backend transformers samples the tail, found --backend {backend}: "
+            f"take --backend transformers, or leave --tail-samples out and store a larger --k"
+        )
+
+
 def _teacher_spec(loaded: Teacher, tokenizer: TextTokenizer, length: int) -> TeacherSpec:
     if loaded.mask_id is None:
         raise TidecacheError(
@@ -142,25 +151,29 @@ def _teacher_spec(loaded: Teacher, tokenizer: TextTokenizer, length: int) -> Tea
     )
 
 
-def _student_tokenizer(source: str) -> TextTokenizer:
+def student_tokenizer(source: str) -> TextTokenizer:
+    """A declared student's tokenizer, by folder, hub id, or `package:FOLDER`."""
     if source.startswith("package:"):
         return TextTokenizer.load(PACKAGES / source.removeprefix("package:"))
     return TextTokenizer.load(source)
 
 
-def _context(text: str) -> tuple[str, ...]:
+def contexts_of(text: str) -> tuple[str, ...]:
+    """The contexts of --context."""
     if text not in CONTEXTS:
         raise TidecacheError(f"--context: expected one of {', '.join(CONTEXTS)}, found {text!r}")
     return CONTEXTS[text]
 
 
-def _words(text: str) -> tuple[str, ...]:
+def words(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+def numbers(text: str) -> tuple[float, ...]:
+    """The temperatures of --temperatures."""
     try:
-        return tuple(float(word) for word in _words(text))
+        return tuple(float(word) for word in words(text))
     except ValueError:
         raise TidecacheError(
             f"--temperatures: expected numbers parted by commas, such as 1,2, found {text!r}"

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.cache.manifest import Receipt
-from shared.cache.records import ShardRange
-from shared.documents import RawDocument, corpus_digest
+from shared.cache.records import ShardRange, StoredDocument
+from shared.documents import Dropped, RawDocument, corpus_digest
 from shared.errors import TidecacheError
 
 
@@ -56,13 +56,15 @@ class ShardPart:
 
 WHOLE = ShardPart()
 
+Listed = RawDocument | StoredDocument | Dropped  # a corpus' documents, or what a cache holds of one
+
 
 @dataclass(frozen=True)
 class Segment:
     """A run of documents, `first` being the position of the first, and the draws of them that are missing."""
 
     first: int
-    documents: tuple[RawDocument, ...]
+    documents: tuple[Listed, ...]
     missing: tuple[tuple[int, int], ...]  # ranges [first draw, draw stop)
     corpus_digest: str
 
@@ -73,7 +75,7 @@ class Segment:
 
 
 def segments(
-    corpus: Iterable[RawDocument],
+    corpus: Iterable[Listed],
     completed: Sequence[Receipt],
     draws: int,
     documents_per_shard: int,
@@ -106,6 +108,19 @@ def segments(
         first += len(documents)
 
 
+def lacks_draws(completed: Sequence[Receipt], draws: int) -> bool:
+    """Whether some documents of these shards have not all of their first `draws` draws."""
+    waiting = sorted((r.range for r in completed), key=lambda r: r.first_document, reverse=True)
+    active: list[ShardRange] = []
+    for edge in sorted({edge for r in waiting for edge in (r.first_document, r.document_stop)}):
+        active = [r for r in active if r.document_stop > edge]
+        while waiting and waiting[-1].first_document <= edge:
+            active.append(waiting.pop())
+        if active and any(_gaps([(r.first_draw, r.draw_stop) for r in active], draws)):
+            return True
+    return False
+
+
 def _gaps(ranges: Sequence[tuple[int, int]], stop: int) -> Iterator[tuple[int, int]]:
     """The parts of [0, stop) that no range covers."""
     first = 0
@@ -125,7 +140,7 @@ class RangeDigests:
         self._waiting = sorted(completed, key=lambda r: r.range.first_document, reverse=True)
         self._open: list[tuple[Receipt, hashlib.blake2b]] = []
 
-    def add(self, first: int, documents: Sequence[RawDocument]) -> None:
+    def add(self, first: int, documents: Sequence[Listed]) -> None:
         """Take the documents from position `first` on; they lie within every range that they touch.
 
         Raises:

@@ -7,18 +7,25 @@ whose draws were missing: those that were there already are passed in no time.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 
+import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from shared.cache.manifest import HELD_OUT_FOLDER, Receipt
-from stage1_teacher.capture import Part, Report
+from shared.errors import TidecacheError
+from shared.spec import CaptureSpec
+from stage1_teacher.capture import Extent, Part, Report
 
 LOG_EVERY = 30.0  # seconds between lines where there is no terminal
 
@@ -115,6 +122,53 @@ class CaptureProgress:
         if not self._console.is_terminal and now - self._logged > LOG_EVERY:
             self._logged = now
             self._console.print(f"capturing: {line}", highlight=False)
+
+
+@contextlib.contextmanager
+def counted(progress: CaptureProgress, extent: Extent, spec: CaptureSpec) -> Iterator[None]:
+    """Tell the progress how many documents there are in all as soon as they are counted, which a thread does."""
+    stop = threading.Event()
+
+    def count() -> None:
+        counts = extent.count(spec, stop)
+        if counts is not None:
+            progress.expect(sum(counts.values()))
+
+    with ThreadPoolExecutor(1, "count") as counting:
+        counting.submit(count)
+        try:
+            yield
+        finally:
+            stop.set()
+
+
+@contextlib.contextmanager
+def stoppable(console: Console, folder: Path) -> Iterator[None]:
+    """Ctrl-C says how to go on, and exits with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(
+            f"stopped; every complete shard is kept in {folder}: the same command goes on from there", highlight=False
+        )
+        raise typer.Exit(130) from None
+
+
+def write_summary(path: Path | None, report: Report) -> None:
+    """The report as JSON, where --json says so.
+
+    Raises:
+        TidecacheError: it cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise TidecacheError(
+            f"--json {path}: the cache is complete, but the summary cannot be written: {error.strerror}"
+        ) from error
 
 
 def duration(seconds: float) -> str:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from shared.cache.encoding import EncodedShard, encode_shard
-from shared.documents import Dropped
+from shared.documents import Dropped, PreparedDocument, RawDocument
 from shared.preparation import Limits, Preparer
 from shared.spec import CaptureSpec
 from shared.tokenization import TextTokenizer
 from stage1_teacher.backends import Scores, Teacher
 from stage1_teacher.compdemo import Subject, plan_draw, records_of, requests_of, without_unpredictable
 from stage1_teacher.pipeline import Job, Pipeline, Timing, Watcher
-from stage1_teacher.planning import Segment
+from stage1_teacher.planning import Listed, Segment
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,13 @@ class ShardMaker:
         """Candidates that the teacher is asked for."""
         return self.spec.k if "topk" in self.spec.lanes else 1
 
+    def prepare(self, documents: Sequence[Listed]) -> list[PreparedDocument | Dropped]:
+        """Documents of the corpus, ready for the teacher or with the reason why not; one result for each, in order."""
+        return self._preparer.prepare_many(cast(Sequence[RawDocument], documents))
+
     def jobs(self, segment: Segment) -> Iterator[Job]:
         """Prepare the segment's documents, and plan each range of draws that is missing."""
-        prepared = [
-            without_unpredictable(d, self.spec.teacher.logit_shift)
-            for d in self._preparer.prepare_many(segment.documents)
-        ]
+        prepared = [without_unpredictable(d, self.spec.teacher.logit_shift) for d in self.prepare(segment.documents)]
         numbered = list(enumerate(prepared, segment.first))
         subjects = tuple(Subject(position, d) for position, d in numbered if not isinstance(d, Dropped))
         dropped = tuple((position, d) for position, d in numbered if isinstance(d, Dropped))

@@ -214,12 +214,13 @@ class CacheWriter:
 
 def settle(root: Path, manifest: Manifest) -> None:
     """Finish what a widening (`shared.cache.widening`) was killed at: where a receipt is still the narrower one, put the
-    one there that the manifest has.
+    one there that the manifest has. A receipt that somebody removed stays removed.
     """
     if not manifest.widened_from:
         return
     for receipt in manifest.shards:
-        if read_receipt(root, receipt.path).fingerprint in manifest.widened_from:
+        there = (root / receipt.path).exists()
+        if there and read_receipt(root, receipt.path).fingerprint in manifest.widened_from:
             write_receipt(root, receipt)
 
 

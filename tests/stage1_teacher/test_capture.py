@@ -15,7 +15,7 @@ from shared.documents import Message, RawDocument
 from shared.errors import TidecacheError
 from stage1_teacher import capture as driver
 from stage1_teacher.backends import Scores, Teacher, load
-from stage1_teacher.capture import Capture, Extent, count_documents
+from stage1_teacher.capture import Capture, Extent
 from stage1_teacher.planning import ShardPart
 from stage1_teacher.shards import LocalEngine, ShardMaker
 from tests.stage1_teacher.captures import HashTeacher, make_spec, texts, tokenizers, write_corpus
@@ -127,7 +127,7 @@ def test_held_out_is_a_cache_of_its_own_with_the_same_spec(corpus: str, whole: P
     assert b
     assert not a & b
     assert len(a | b) == 30
-    assert count_documents(Extent(corpus, 2, 8), SPEC, threading.Event()) == {False: len(a), True: len(b)}
+    assert Extent(corpus, 2, 8).count(SPEC, threading.Event()) == {False: len(a), True: len(b)}
 
 
 @pytest.mark.parametrize("size", [1, 5, 1000])
@@ -214,7 +214,7 @@ def test_parts_are_one_capture(teacher: Teacher, corpus: str, tmp_path: Path, sh
         folders.append(tmp_path / ("parts" if shared else f"part{number}"))
         part, watcher = ShardPart(number, 3), Silent()
         report = run(teacher, folders[-1], corpus, size=4, watcher=watcher, part=part)
-        counts = count_documents(Extent(corpus, 2, 4, part=part), SPEC, threading.Event())
+        counts = Extent(corpus, 2, 4, part=part).count(SPEC, threading.Event())
         assert report.held_out
         assert (counts[False], counts[True]) == (report.train.documents_seen, report.held_out.documents_seen)
         assert watcher.documents == sum(counts.values())
@@ -303,7 +303,7 @@ def test_a_failing_writer_stops_the_teacher(tmp_path: Path, corpus: str, monkeyp
 
 def test_a_failing_corpus_keeps_what_is_complete(tmp_path: Path, teacher: Teacher) -> None:
     path = write_corpus(tmp_path / "torn.jsonl", 30)
-    documents = count_documents(Extent(str(path), 1, 8), SPEC, threading.Event())[False]
+    documents = Extent(str(path), 1, 8).count(SPEC, threading.Event())[False]
     path.write_text(path.read_text() + '{"text": \n')
     with pytest.raises(TidecacheError, match=r"torn\.jsonl:31 is not valid JSON"):
         run(teacher, tmp_path / "cache", str(path), size=8, draws=1)
