@@ -388,8 +388,12 @@ def _sentence(found: ContextDifference) -> str:
     if found.lane:
         parts.append(f"candidates {found.lane}")
     elif found.candidates:
-        parts.append(
-            f"{found.best / chunks:.2%} have the same best candidate, {found.shared / found.candidates:.2%} of the candidates "
-            f"are shared, and differ by up to {found.largest_candidate.value:.6f}; log Z by up to {found.largest_log_z.value:.6f}"
-        )
+        shared, best = found.shared / found.candidates, found.best / chunks
+        parts.append(f"candidates: {shared:.2%} are in both, the best one is the same in {best:.2%} of the chunks")
+        apart = [
+            f"{what} differ by up to {largest.value:.6f}"
+            for what, largest in (("their log-likelihoods", found.largest_candidate), ("log Z", found.largest_log_z))
+            if largest.value
+        ]
+        parts += apart or ["equal in value"]
     return "; ".join(parts)

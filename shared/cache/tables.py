@@ -22,6 +22,7 @@ def plain_table(title: str, headings: list[str]) -> Table:
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
+        min_width=len(title),  # or it would be broken to the width of a narrow table
     )
     table.add_column(_literal(headings[0]), no_wrap=True)
     for heading in headings[1:]:
