@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from shared import __version__
-from shared.errors import TidecacheError
+from shared.errors import TidecacheError, printable
 
 GROUP = "tidecache.commands"
 OUR_PACKAGES = ("shared", "stage1_teacher", "stage2_student")
@@ -32,7 +32,7 @@ class RootGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except TidecacheError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {printable(str(error))}", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             typer.echo("interrupted", err=True)
@@ -93,7 +93,7 @@ def main() -> None:
     try:
         app = build(arguments)
     except TidecacheError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(1)
     app(arguments, prog_name="tidecache")
 

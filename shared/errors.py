@@ -10,3 +10,16 @@ from __future__ import annotations
 
 class TidecacheError(Exception):
     """A mistake that the user can mend; its text is one line and complete."""
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value that somebody else wrote, for a message: as Python writes it, shortened."""
+    text = ascii(value[:most] if isinstance(value, str) else value)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def printable(text: str) -> str:
+    """Text of unknown origin for a terminal: one line, and control characters (which could move the cursor, change colours
+    or the window's title) as escapes.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

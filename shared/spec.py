@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shared.errors import TidecacheError
+from shared.errors import TidecacheError, shown
 
 FORMAT_VERSION = 1
 CONTEXTS = ("compdemo", "plain")
@@ -118,17 +118,21 @@ class CaptureSpec:
         """Read `to_json`'s form.
 
         Raises:
-            TidecacheError: a field is missing or unknown, named in the message.
+            TidecacheError: a field is missing, unknown, or of another type; it is named.
         """
         try:
             known = dict(data)
             teacher = TeacherSpec(**known.pop("teacher"))
             students = tuple(StudentTokenizerSpec(**s) for s in known.pop("students"))
             for name in ("contexts", "lanes", "temperatures"):
-                known[name] = tuple(known[name])
+                known[name] = tuple(known[name]) if isinstance(known[name], list) else known[name]
+            for part, where in ((teacher, "teacher."), *((s, f"students.{i}.") for i, s in enumerate(students))):
+                _check_types(vars(part), type(part), where)
+            _check_types(known, cls, "")
             return cls(teacher=teacher, students=students, **known)
-        except (KeyError, TypeError) as error:
-            raise TidecacheError(f"the spec does not have the fields of format {FORMAT_VERSION}: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            message = shown(str(error), 200)
+            raise TidecacheError(f"the spec does not have the fields of format {FORMAT_VERSION}: {message}") from error
 
     @property
     def fingerprint(self) -> str:
@@ -151,6 +155,39 @@ def unwidenable(base: CaptureSpec, wider: CaptureSpec) -> list[tuple[str, Any, A
         "codec": has and not had,
     }
     return [difference for difference in differences(base, wider) if not adds.get(difference[0], False)]
+
+
+_MAX_TEXT, _MAX_VALUES, _MAX_SIZE, _MAX_SEED = 1000, 64, (1 << 31) - 1, (1 << 63) - 1
+
+
+def _check_types(values: Mapping[str, Any], kind: type, where: str) -> None:
+    """What JSON gave for the fields of one of the classes above: types, finite numbers, text that can be printed.
+
+    Raises:
+        TidecacheError: a field is something else, or out of all bounds.
+    """
+    for field in dataclasses.fields(kind):
+        expected, value = str(field.type), values.get(field.name)
+        if field.name not in values or expected in ("TeacherSpec", "tuple[StudentTokenizerSpec, ...]"):
+            continue
+        several, element = expected.startswith("tuple["), expected.removeprefix("tuple[").removesuffix(", ...]")
+        parts = value if isinstance(value, tuple) else (value,)
+        if (
+            isinstance(value, tuple) != several
+            or len(parts) > _MAX_VALUES
+            or not all(_is_sound(v, element, field.name) for v in parts)
+        ):
+            raise TidecacheError(f"{where}{field.name}: expected {expected}, found {shown(value)}")
+
+
+def _is_sound(value: object, kind: str, name: str) -> bool:
+    if kind == "bool":
+        return type(value) is bool
+    if kind == "str":
+        return isinstance(value, str) and value.isprintable() and len(value) <= _MAX_TEXT
+    if type(value) is not int and (type(value) is not float or kind == "int"):  # true is no number
+        return False
+    return abs(value) <= _MAX_SEED if name == "seed" else 0 <= value <= _MAX_SIZE  # never so of NaN
 
 
 def differences(ours: CaptureSpec, theirs: CaptureSpec) -> list[tuple[str, Any, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from shared.cache import commands_tools
-from shared.errors import TidecacheError
+from shared.errors import TidecacheError, printable
 
 app = typer.Typer(
     help="Look into a cache, check it, and make others of it.", no_args_is_help=True, rich_markup_mode="rich"
@@ -68,7 +68,7 @@ def verify(cache: Path = CachePath) -> None:
 
     report = verify_cache(cache)
     for problem in report.problems:
-        typer.echo(f"problem: {problem}", err=True)
+        typer.echo(f"problem: {printable(problem)}", err=True)
     if report.problems:
         raise TidecacheError(f"{cache}: {len(report.problems)} problems found, see above")
     typer.echo(f"{cache}: {report.files} files, {report.size_bytes:,} bytes, {report.draws:,} draws: all in order")

@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 
 from shared.cache.remote import Folder, RemotePath, reason
-from shared.errors import TidecacheError
+from shared.errors import TidecacheError, shown
 
 FOREIGN_LEFTOVER_SECONDS = 86400.0  # a temporary file lives for seconds; another machine's may be judged by age only
+MAX_NAME = 200  # characters of a file's name with its folders; ours have some 60
 _TOKEN = secrets.token_hex(4)
 _COUNTER = itertools.count()
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
@@ -53,9 +54,9 @@ def check_name(name: object, where: str) -> str:
     Raises:
         TidecacheError: it is no name or leads out of the folder.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or len(name) > MAX_NAME or not _NAME.fullmatch(name):
         raise TidecacheError(
-            f"{where}: expected the name of a file inside the cache's folder, found {name!r}, "
+            f"{where}: expected the name of a file inside the cache's folder, found {shown(name)}, "
             f"which may lead out of it: refused; get the cache again from where it came from"
         )
     return name

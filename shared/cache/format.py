@@ -23,6 +23,7 @@ import pyarrow as pa
 from shared.cache import codec
 from shared.cache.codec import LOGP_BITS, TopK, round_significant
 from shared.cache.columns import flat, lists
+from shared.cache.consistency import check_draws
 from shared.cache.records import ContextScores, Draw, DrawRecord, FloatArray, IdArray, IntArray, StoredDocument
 from shared.cache.vocabulary import TeacherVocabulary
 from shared.documents import Chunks, Message, PreparedDocument
@@ -213,21 +214,22 @@ def draws_of(
     context: str,
     vocabulary: TeacherVocabulary,
 ) -> list[Draw]:
-    """The draws, in the file's order. A row's arrays are slices of the whole column's, where columns are plain.
+    """The draws, in the file's order, checked. A row's arrays are slices of the whole column's, where columns are plain.
 
     Raises:
         ValueError: the columns do not fit each other, or the documents.
     """
+    table = table.combine_chunks()  # once for all that follows
+    heads = table.select(["document", "draw", "timestep"]).to_pylist()
+    check_draws(spec, documents, table, [head["document"] for head in heads])
     masked, masked_stops = flat(table, "masked")
     split, split_stops = flat(table, "split")
     chunk_numbers = [np.flatnonzero(masked[a:b]) for a, b in itertools.pairwise(masked_stops)]
     counts = [len(chunks) for chunks in chunk_numbers]
     scores = {x: _scores_of(spec, x, table, counts) for x in spec.contexts}
     draws = []
-    for i, head in enumerate(table.select(["document", "draw", "timestep"]).to_pylist()):
+    for i, head in enumerate(heads):
         stored = documents[head["document"]]
-        if masked_stops[i + 1] - masked_stops[i] != len(stored.chunks):
-            raise ValueError(f"row {i}: another number of chunks than its document has")
         for x in spec.contexts:
             count_M = scores[x][i][1]
             if count_M is not None and not np.array_equal(count_M, stored.token_count_C[chunk_numbers[i]]):

@@ -25,7 +25,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shared.cache.parquet import read_narrow
 from shared.cache.reader import Cache
 from shared.cache.records import BoolArray, IntArray
 from shared.cache.selection import Selection
@@ -128,15 +127,13 @@ def _read_parts(cache: Cache, selection: Selection) -> Iterator[_Part]:
 
 
 def _read_part(cache: Cache, number: int, selection: Selection) -> _Part:
-    receipt = cache.shards[number]
     names = ["position", "draw", "timestep", *([] if selection.all_documents else ["document"])]
-    table = read_narrow(cache.path, receipt.likelihoods[0], names)
+    table = cache.read_narrow_rows(number, names)
     timestep_R = table["timestep"].to_numpy()
     low, high = selection.timesteps
     selected_R = (timestep_R.astype(np.float64) >= low) & (timestep_R.astype(np.float64) <= high)
     if selection.names is not None:
-        documents = read_narrow(cache.path, receipt.documents, ["document", "name"]).to_pylist()
-        keys = [d["document"] for d in documents if selection.takes(d["document"], d["name"])]
+        keys = [key for key, name in cache.read_document_names(number) if selection.takes(key, name)]
         selected_R &= _is_among(table["document"], keys)
     elif selection.documents is not None:
         selected_R &= _is_among(table["document"], list(selection.documents))

@@ -8,15 +8,16 @@ one shard, or all in their order, are read; `shared.cache.stream` gives draws in
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shared.cache import files, format
+from shared.cache import consistency, files, format
 from shared.cache.manifest import FileRecord, Manifest, Receipt, read_manifest
-from shared.cache.parquet import REMEDY, footer_of, open_parquet, read_columns
+from shared.cache.parquet import REMEDY, footer_of, open_parquet, read_columns, read_narrow
 from shared.cache.records import BoolArray, Draw, StoredDocument
 from shared.cache.remote import Folder, folder_of
 from shared.cache.selection import Selection
@@ -65,6 +66,9 @@ class Cache:
         record = self.manifest.vocabulary
         file = open_parquet(self.path, record)
         table = read_columns(self.path, file, record, list(format.VOCABULARY_SCHEMA.names))
+        with self._fitting(record):
+            consistency.check_columns(table, format.VOCABULARY_SCHEMA)
+            consistency.check_vocabulary(table, self.spec)
         footer = footer_of(file.metadata.metadata)
         if footer.get("tokenizer") != self.spec.teacher.tokenizer:
             raise files.DamagedError(self.path / record.path, "of another tokenizer than the spec's", REMEDY)
@@ -111,12 +115,9 @@ class Cache:
         self, index: int, table: pa.Table, spec: CaptureSpec, documents: list[StoredDocument], context: str
     ) -> list[Draw]:
         """The rows of a shard's likelihoods as draws of these documents; `spec` names the columns that there are."""
-        try:
+        with self._fitting(self.shards[index].likelihoods[0]):
             by_key = {d.key: d for d in documents}
             return format.draws_of(table, spec, by_key, context, self.vocabulary())
-        except (KeyError, ValueError, pa.ArrowInvalid) as error:
-            path = self.path / self.shards[index].likelihoods[0].path
-            raise files.DamagedError(path, f"its columns do not fit each other ({error})", REMEDY) from error
 
     def read_documents(self, index: int) -> list[StoredDocument]:
         """The documents of shard `index` alone, in order.
@@ -124,12 +125,43 @@ class Cache:
         Raises:
             TidecacheError: the file is missing, truncated or damaged, or of another spec.
         """
+        receipt = self.shards[index]
+        table = self._table(receipt.documents, list(format.DOCUMENTS_SCHEMA.names))
+        with self._fitting(receipt.documents):
+            consistency.check_columns(table, format.DOCUMENTS_SCHEMA)
+            consistency.check_documents(table, self.spec, receipt.range)
+            return format.documents_of(table)
+
+    def read_narrow_rows(self, index: int, columns: list[str]) -> pa.Table:
+        """Some of `position`, `draw`, `timestep` (these three at least) and `document` of all rows of shard `index`, without
+        reading the rest of the file, so its digest is not checked; the pages' checksums and the shard's range are.
+
+        Raises:
+            TidecacheError: the file is missing, damaged where it was read, or its rows are not the shard's.
+        """
+        receipt = self.shards[index]
+        table = read_narrow(self.path, receipt.likelihoods[0], columns)
+        with self._fitting(receipt.likelihoods[0]):
+            consistency.check_columns(table, format.likelihoods_schema(self.spec))
+            consistency.check_extent(table, receipt.range)
+        return table
+
+    def read_document_names(self, index: int) -> list[tuple[str, str]]:
+        """(key, name) of all documents of shard `index`, read and checked likewise."""
         record = self.shards[index].documents
+        table = read_narrow(self.path, record, ["document", "name"])
+        with self._fitting(record):
+            consistency.check_columns(table, format.DOCUMENTS_SCHEMA)
+        return list(zip(table["document"].to_pylist(), table["name"].to_pylist(), strict=True))
+
+    @contextmanager
+    def _fitting(self, record: FileRecord) -> Iterator[None]:
+        """What the columns of a file do not agree in ends as damage of that file."""
         try:
-            return format.documents_of(self._table(record, list(record.columns)))
-        except (KeyError, ValueError, TypeError, pa.ArrowInvalid) as error:
-            path = self.path / record.path
-            raise files.DamagedError(path, f"its columns do not fit each other ({error})", REMEDY) from error
+            yield
+        except (ValueError, KeyError, pa.ArrowException) as error:
+            finding = f"its columns do not fit each other or the spec ({error})"
+            raise files.DamagedError(self.path / record.path, finding, REMEDY) from error
 
     def iter_draws(
         self,
@@ -191,7 +223,8 @@ class Cache:
     def _likelihoods(self, index: int, spec: CaptureSpec, timesteps: tuple[float, float] = (0.0, 1.0)) -> pa.Table:
         """The columns of `spec` from all the shard's likelihoods files side by side, filtered by timestep."""
         receipt = self.shards[index]
-        wanted = {*format.DRAW_COLUMNS, *(c for x in spec.contexts for c in format.context_columns(spec, x))}
+        schema = format.likelihoods_schema(spec)
+        wanted = set(schema.names)
         joined: pa.Table | None = None
         for record in receipt.likelihoods:
             own = [c for c in record.columns if c in wanted and (c not in format.DRAW_COLUMNS or joined is None)]
@@ -199,6 +232,8 @@ class Cache:
                 continue
             names = list(dict.fromkeys(["document", "draw", "timestep", *own]))
             table = self._table(record, names, timesteps)
+            with self._fitting(record):
+                consistency.check_columns(table, schema)
             if joined is None:
                 joined = table
                 continue
@@ -209,6 +244,11 @@ class Cache:
                 joined = joined.append_column(name, table[name])
         if joined is None:
             raise files.DamagedError(self.path / receipt.path, "names no likelihoods file", REMEDY)
+        if missing := [c for c in schema.names if c not in joined.column_names]:
+            finding = f"none of its files has the column {missing[0]}, which the spec names"
+            raise files.DamagedError(self.path / receipt.path, finding, REMEDY)
+        with self._fitting(receipt.likelihoods[0]):
+            consistency.check_extent(joined, receipt.range)
         return joined
 
     def _table(self, record: FileRecord, columns: list[str], timesteps: tuple[float, float] = (0.0, 1.0)) -> pa.Table:

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shared.cache.manifest import TIMESTEP_BINS as TIMESTEP_BINS
 from shared.cache.manifest import Counts
 from shared.cache.records import ContextScores, DrawRecord, StoredDocument
 from shared.documents import Dropped
 from shared.ragged import ranges
 from shared.spec import CaptureSpec
 
-TIMESTEP_BINS = 10
 CONFIDENCE_BINS = 10
 OTHER_FLOOR = 1e-6  # of the mass outside the top k, as everywhere (DESIGN §5)
 

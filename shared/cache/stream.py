@@ -228,8 +228,15 @@ class _DrawLoader:
             wanted_R[row_N[places]] = True
             draws = self.cache.read_rows(shard, wanted_R, self.context, self.topk)
             for place, draw in zip(places[np.argsort(row_N[places])].tolist(), draws, strict=True):
+                self._refuse_other(shard, int(rows[place]), draw)
                 found[place] = draw
         return [draw for draw in found if draw is not None]
+
+    def _refuse_other(self, shard: int, row: int, draw: Draw) -> None:
+        """The index was read without the file's digest: what it chose by must be what is there."""
+        if self.index.draw_R[row] != draw.draw or self.index.timestep_R[row] != np.float32(draw.timestep):
+            finding = "its narrow columns are not those that the index was made from: damaged or replaced meanwhile"
+            raise DamagedError(self.cache.path / self.cache.shards[shard].likelihoods[0].path, finding, REMEDY)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """`tidecache cache verify`: check all that a cache claims, from the bytes of its files up to the content digest.
 
 Everything that can be derived is derived again and compared: the manifest from the receipts, the receipts from the
-files, the content digest from the rows. Each problem is one line that says what to do.
+files, timesteps, masks and splits from the seed, the content digest from the rows. That rows fit each other and the spec is checked
+whenever they are read (`shared.cache.consistency`). Each problem is one line that says what to do.
 """
 
 from __future__ import annotations
@@ -172,13 +173,9 @@ def _footer(root: Folder, record: FileRecord) -> dict[str, Any]:
 
 
 def _check_document(cache: Cache, receipt: Receipt, document: StoredDocument) -> None:
-    """A document's position, chunks and tokens; the teacher's tokens must spell the chunks they overlap."""
+    """The teacher's tokens must spell the chunks they overlap."""
     where = f"{cache.path / receipt.documents.path}: document {document.key}"
-    chunks, count_C = document.chunks, document.token_count_C
-    if not receipt.range.first_document <= document.position < receipt.range.document_stop:
-        raise TidecacheError(f"{where}: its position {document.position} is not in the shard's range")
-    if (count_C < 1).any() or count_C.sum() != len(document.token_ids_N) or (chunks.stop_C <= chunks.start_C).any():
-        raise TidecacheError(f"{where}: chunks without bytes or tokens")
+    count_C = document.token_count_C
     first_N = np.cumsum(count_C) - count_C
     for chunk, (start, count) in enumerate(zip(first_N.tolist(), count_C.tolist(), strict=True)):
         spelled = cache.vocabulary().spell(document.token_ids_N[start : start + count].tolist())
@@ -188,7 +185,7 @@ def _check_document(cache: Cache, receipt: Receipt, document: StoredDocument) ->
 
 
 def _check_draw(cache: Cache, receipt: Receipt, draw: Draw) -> None:
-    """A draw's timestep and split follow from the spec, and its likelihoods are likelihoods."""
+    """A draw's timestep, mask and split follow from the spec."""
     spec = cache.spec
     where = f"{cache.path / receipt.likelihoods[0].path}: draw {draw.draw} of document {draw.document}"
     t = noise.timestep(spec.seed, draw.document, draw.draw, spec.epsilon)
@@ -199,21 +196,3 @@ def _check_draw(cache: Cache, receipt: Receipt, draw: Draw) -> None:
         masked_C = noise.mask_chunks(spec.seed, draw.document, draw.draw, t, len(draw.stored.chunks))
         if not np.array_equal(draw.chunks, np.flatnonzero(masked_C)):
             raise TidecacheError(f"{where}: the masked chunks are not those of the spec's seed")
-    tokens = int(draw.token_count_M.sum())
-    for context, scores in draw.scores.items():
-        logps = [scores.gold_logp_N]
-        if scores.topk_logp_MK is not None and scores.topk_ids is not None and scores.log_z_MT is not None:
-            logps += [scores.topk_logp_MK]
-            ids = scores.topk_ids
-            if len(ids) != spec.k * tokens or (len(ids) and not 0 <= ids.min() <= ids.max() < spec.teacher.vocabulary):
-                raise TidecacheError(f"{where}: candidates of {context} are not ids of the vocabulary, or too few")
-            if (np.diff(scores.topk_logp_MK, axis=1) > 0).any() or not np.isfinite(scores.log_z_MT).all():
-                raise TidecacheError(f"{where}: candidates of {context} are not in descending order")
-        if scores.tail_ids is not None and scores.tail_logp is not None:
-            logps += [scores.tail_logp]
-            ids = scores.tail_ids
-            wanted = spec.tail_samples * int((draw.token_count_M == 1).sum())
-            if len(ids) != wanted or (len(ids) and not 0 <= ids.min() <= ids.max() < spec.teacher.vocabulary):
-                raise TidecacheError(f"{where}: tail samples of {context} are not ids of the vocabulary, or too few")
-        if len(scores.gold_logp_N) != tokens or not all(np.isfinite(x).all() and (x <= 1e-3).all() for x in logps):
-            raise TidecacheError(f"{where}: log-likelihoods of {context} are not finite numbers up to 0, one per token")
