@@ -1,45 +1,54 @@
 """How fast is the teacher? Scored tokens per second against the plain way of computing the same, in one run.
 
-Four measurements; each pair takes turns, so that what else the machine does hits both:
-
 - *head*: masked positions only, in tiles, against a plain forward with full logits and `topk` (V = 49152, half masked);
 - *packing*: 8 draws of one document in `bd3lm` (L = 256, hidden 512) sharing one x_0, against 8 rows [x_0, x_t];
-- *teacher*: tokens/s of the embedded teacher, or on a GPU of random weights in the shapes of LLaDA2.0-mini and WeDLM-8B
-  in bfloat16, with the share of the matrix-product ceiling that is measured in the same run;
-- *capture*: a real capture with the embedded teacher: the share of time that is not the teacher's.
+- *teacher*, in both backends: tokens/s of the embedded teacher, or on a GPU of random weights in the shapes of LLaDA2.0-mini
+  and WeDLM-8B in bfloat16, with the share of the matrix-product ceiling that is measured in the same run; and what a
+  capture of real text (tokenising, fillings, encoding, writing, all beside the teacher) takes over the teacher alone.
 
-    python bench/teacher.py [--only head,packing,teacher,capture] [--threads 1] [--repeats 5] [--json FILE]
+    python bench/teacher.py [--only head,packing,teacher] [--backend both] [--shapes auto] [--threads 1] [--json FILE]
 
-CPU seconds (of all threads) decide the ratios on a CPU: on a busy machine they are the steadier number. On one H100 all of
-it takes some minutes. The results of both ways must agree.
+Ways that are compared take turns, so that what else the machine does hits both, and their results must agree. CPU seconds
+(of all threads) decide the ratios of *head* and *packing* on a CPU: on a busy machine they are the steadier number. A
+capture is compared by the clock on the wall, and needs two idle cores for that. The vllm backend runs in a process of its
+own, of this Python or of `.venv-vllm`. Nothing is begun once --minutes are over (8 minutes in all on one H100, by design:
+it has not been run on one).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib.util
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from teacher_shapes import DEVICE, MASK_ID, REAL, SCALED, Shape, active_flops, random_teacher, random_vllm_teacher
 
-from stage1_teacher.architectures.families import register
+from shared.cache.vocabulary import TeacherVocabulary
+from shared.cache.writer import CacheWriter
+from shared.spec import CaptureSpec, StudentTokenizerSpec, TeacherSpec
+from shared.tokenization import TextTokenizer
 from stage1_teacher.backends import ScoreRequest, load
-from stage1_teacher.backends.transformers import TransformersTeacher
-from stage1_teacher.head import Head
-from stage1_teacher.presets import Preset
+from stage1_teacher.capture import Extent
+from stage1_teacher.planning import segments
+from stage1_teacher.shards import LocalEngine, ShardMaker
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROOT = Path(__file__).resolve().parent.parent
 K = 16
-MASK_ID = 1
+BACKENDS = ("transformers", "vllm")
+VLLM_LAYOUTS = ("full", "block-causal", "bd3lm")
 
 
 @dataclass(frozen=True)
@@ -52,15 +61,55 @@ class Line:
     note: str
 
 
-def clock() -> float:
-    """CPU seconds of all threads; on a GPU wall seconds, once it has finished."""
+@dataclass(frozen=True)
+class Settings:
+    """What is measured in this process. `shapes`: tiny, scaled or real; `until`: of the monotonic clock."""
+
+    backend: str
+    shapes: str
+    shards: int
+    until: float
+
+    def late(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() > self.until
+
+    def chosen(self) -> Iterator[tuple[Shape, Callable[[str], Any]]]:
+        """Each network, and what starts it in a layout."""
+        if self.shapes == "tiny":
+            from transformers import AutoConfig
+
+            fields = AutoConfig.from_pretrained(ROOT / "stage1_teacher/tiny").to_dict()
+            layouts = ("full", "bd3lm")
+            start = partial(load, "tiny", self.backend)
+            yield Shape("embedded teacher", fields.pop("model_type"), layouts, 192, fields), start
+            return
+        dtype, budget = ("bfloat16", 32768) if DEVICE.type == "cuda" else ("float32", 4096)
+        for shape in REAL if self.shapes == "real" else SCALED:
+            make = random_teacher if self.backend == "transformers" else random_vllm_teacher
+            yield shape, partial(make, shape.config, dtype=dtype, batch_tokens=budget)
+
+
+class Deaf:
+    """A watcher that does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+def wall() -> float:
+    """Seconds on the wall, once the device has finished."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
+    return time.perf_counter()
 
 
-def in_turn(ways: list[Callable[[], Any]], repeats: int) -> list[float]:
+def work() -> float:
+    """CPU seconds of all threads; on a GPU wall seconds."""
+    return wall() if DEVICE.type == "cuda" else time.process_time()
+
+
+def in_turn(ways: list[Callable[[], Any]], repeats: int, clock: Callable[[], float] = work) -> list[float]:
     """Median seconds of each way."""
     seconds: list[list[float]] = [[] for _ in ways]
     for repeat in range(repeats + 1):
@@ -70,24 +119,6 @@ def in_turn(ways: list[Callable[[], Any]], repeats: int) -> list[float]:
             if repeat:  # the first round warms up
                 seconds[number].append(clock() - begin)
     return [statistics.median(s) for s in seconds]
-
-
-def random_teacher(
-    kind: str, layout: str, dtype: str = "float32", batch_tokens: int = 4096, mask_id: int = MASK_ID, **shape: Any
-) -> TransformersTeacher:
-    """A teacher with random weights; no cost depends on them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    register()
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **shape)
-    with DEVICE:
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    folder = Path(tempfile.mkdtemp())
-    config.save_pretrained(folder)
-    preset = Preset(name=kind, checkpoint=str(folder), layout=layout, block_size=32, mask_id=mask_id)
-    head = Head.of(model, None, kind)
-    return TransformersTeacher(preset, folder, model.eval(), head, mask_id, dtype, (1.0, 2.0), batch_tokens)
 
 
 def draws(documents: int, per_document: int, length: int, vocabulary: int, share: float = 0.5) -> list[ScoreRequest]:
@@ -112,10 +143,11 @@ def scored(requests: list[ScoreRequest]) -> int:
 def head(repeats: int) -> list[Line]:
     """The backend against a plain forward with full logits."""
     vocabulary, length, rows = 49152, 256, 8
-    teacher = random_teacher(
-        "qwen3", "full", vocab_size=vocabulary, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True,
-    )  # fmt: skip
+    fields = {
+        "vocab_size": vocabulary, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": True,
+    }  # fmt: skip
+    teacher = random_teacher(Shape("head", "qwen3", (), length, fields).config, "full")
     requests = draws(rows, 1, length, vocabulary)
     input_BL = torch.from_numpy(np.stack([r.token_ids for r in requests])).to(DEVICE)
     gold = [torch.as_tensor(r.gold_ids, device=DEVICE) for r in requests]
@@ -147,10 +179,11 @@ def head(repeats: int) -> list[Line]:
 def packing(repeats: int) -> list[Line]:
     """One x_0 for 8 draws against 8 rows [x_0, x_t] under a dense mask."""
     length, count, vocabulary = 256, 8, 512
-    teacher = random_teacher(
-        "qwen3", "bd3lm", batch_tokens=8192, vocab_size=vocabulary, hidden_size=512, intermediate_size=1536,
-        num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True,
-    )  # fmt: skip
+    fields = {
+        "vocab_size": vocabulary, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": True,
+    }  # fmt: skip
+    teacher = random_teacher(Shape("packing", "qwen3", (), length, fields).config, "bd3lm", batch_tokens=8192)
     requests = draws(1, count, length, vocabulary)
     input_BS = torch.from_numpy(np.stack([np.concatenate([r.clean_ids, r.token_ids]) for r in requests])).to(DEVICE)
     position_BS = torch.arange(length, device=DEVICE).repeat(2)[None].expand(count, -1)
@@ -186,86 +219,146 @@ def ceiling(dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds
 
 
-def active_flops(teacher: TransformersTeacher) -> float:
-    """FLOP of matrix products per token outside attention and head: twice the weights that a token meets."""
-    config = teacher._model.config
-    used = 0.0
-    for name, parameter in teacher._decoder.named_parameters():
-        if "embed" in name:
-            continue
-        routed = ".experts." in name and "shared" not in name
-        used += parameter.numel() * (config.num_experts_per_tok / config.num_experts if routed else 1.0)
-    return 2 * used
-
-
-def speed(teacher: TransformersTeacher, name: str, repeats: int, documents: int, length: int) -> Line:
+def speed(teacher: Any, config: Any, name: str, repeats: int, documents: int, length: int) -> Line:
     """Throughput of 4 draws per document, half of the positions masked."""
     requests = draws(documents, 4, length, teacher.vocabulary)
     (seconds,) = in_turn([lambda: teacher.score(requests, K)], repeats)
     tokens = len(requests) * length
-    shared = documents * length if teacher._layout.reads_clean else 0
-    head_flops = 2 * scored(requests) * teacher._head.weight_VD.numel()
-    flops = active_flops(teacher) * (tokens + shared) + head_flops
+    shared = documents * length if teacher.layout in ("bd3lm", "reordered") else 0
+    head_flops = 2 * scored(requests) * config.vocab_size * config.hidden_size
+    flops = active_flops(config) * (tokens + shared) + head_flops
     top = ceiling(getattr(torch, teacher.dtype))
     note = f"{flops / seconds / top:.0%} of {top / 1e12:.2f} TFLOP/s ({teacher.layout}, {teacher.dtype}, L = {length})"
     return Line(name, scored(requests) / seconds, tokens / seconds, note)
 
 
-def teachers(repeats: int) -> list[Line]:
-    """The embedded teacher, and on a GPU the real shapes."""
-    lines = []
-    if DEVICE.type == "cpu":
-        tiny: Any = load("tiny")
-        for layout in ("full", "bd3lm"):
-            lines.append(speed(tiny.varied(layout, 0, MASK_ID), "embedded teacher", repeats, 4, 192))
-        return lines
-    mixture = random_teacher("llada2_moe", "bd3lm", "bfloat16", 32768)
-    for layout in ("full", "bd3lm"):
-        lines.append(speed(mixture.varied(layout, 0, MASK_ID), "LLaDA2.0-mini, random", 2, 16, 1024))
-    del mixture
-    torch.cuda.empty_cache()
-    dense = random_teacher(
-        "qwen3", "reordered", "bfloat16", 32768, vocab_size=151936, hidden_size=4096, intermediate_size=12288,
-        num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-    )  # fmt: skip
-    for layout in ("bd3lm", "reordered"):
-        lines.append(speed(dense.varied(layout, 0, MASK_ID), "WeDLM-8B, random", 2, 16, 768))
-    return lines
+def teachers(repeats: int, settings: Settings) -> Iterator[Line]:
+    """The embedded teacher, and real or scaled shapes, in one backend: tokens/s, then what a capture adds to that."""
+    for shape, start in settings.chosen():
+        for layout in shape.layouts:
+            if settings.backend == "vllm" and layout not in VLLM_LAYOUTS:
+                continue
+            name = f"{settings.backend}: {shape.name}"
+            if settings.late():
+                yield Line(name, float("nan"), float("nan"), f"{layout}: left out, the time is up")
+                continue
+            teacher = start(layout)
+            documents = 16 if DEVICE.type == "cuda" else 4
+            yield speed(teacher, shape.config, name, repeats, documents, shape.length)
+            if layout == shape.layouts[0]:
+                yield overlap(teacher, f"  capture with it ({layout})", repeats, shape.length, settings.shards)
+            if hasattr(teacher, "close"):
+                teacher.close()
+            del teacher
+            gc.collect()
+            if DEVICE.type == "cuda":
+                torch.cuda.empty_cache()
 
 
-def capture(_: int) -> list[Line]:
-    """A real capture: what preparing, writing and everything else add to the teacher's own time."""
-    with tempfile.TemporaryDirectory() as folder:
-        summary = Path(folder) / "summary.json"
-        command = [sys.executable, "-m", "shared.cli", "teacher", "capture", "--limit", "200", "--held-out", "none"]
-        subprocess.run([*command, "--out", f"{folder}/cache", "--json", str(summary)], check=True, capture_output=True)
-        data = json.loads(summary.read_text())
-    seconds, inside = data["seconds"], data["teacher_seconds"]
-    tokens = data["train"]["run"]["tokens_scored"]
-    note = (
-        f"waiting for text {data['preparing_seconds'] / seconds:.1%}, for the disk {data['writing_seconds'] / seconds:.1%}, "
-        f"all but the teacher {1 - inside / seconds:.1%} of {seconds:.0f} s"
+def overlap(teacher: Any, name: str, repeats: int, length: int, shards: int) -> Line:
+    """A whole capture of real text against the teacher alone on the same requests: what tokenising and writing add.
+
+    The vocabulary is padded to the teacher's: its ids need names in a cache, and no cost depends on these.
+    """
+    tokenizer, student = (TextTokenizer.load(ROOT / f) for f in ("stage1_teacher/tiny", "stage2_student/tiny"))
+    fields = {n: getattr(teacher, n) for n in ("layout", "block_size", "mask_id", "logit_shift", "dtype", "vocabulary")}
+    spec = CaptureSpec(
+        teacher=TeacherSpec("random", "random", "0" * 32, tokenizer.digest, **fields),
+        students=(StudentTokenizerSpec(student.name, student.digest, length),),
+        length_limit=length,
+        k=K,
+        held_out="none",
+        batch_tokens=teacher.batch_tokens,
     )
-    return [Line("capture, embedded teacher", tokens / seconds, float("nan"), note)]
+    padding = teacher.vocabulary - tokenizer.vocabulary
+    special_V = np.concatenate([tokenizer.special, np.zeros(max(padding, 0), dtype=np.bool_)])
+    vocabulary = TeacherVocabulary(
+        tokenizer.name, tokenizer.digest, [*tokenizer.token_bytes, *[b"?"] * padding], special_V
+    )
+    documents = 8
+    extent = Extent("stdlib", draws=4, documents_per_shard=documents, limit=shards * documents)
+    todo = list(segments(extent.stream(spec, held_out=False), (), extent.draws, documents, Path()))
+    maker = ShardMaker(spec, tokenizer, [student])
+    jobs = [job for segment in todo for job in maker.jobs(segment)]
+
+    def alone() -> None:
+        for job in jobs:
+            teacher.score(job.requests, K)
+
+    def capture() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            writer = CacheWriter.open(folder, spec, vocabulary)
+            LocalEngine(teacher, maker).run(iter(todo), lambda shard: writer.commit(shard.encoded), Deaf())
+            writer.finish()
+
+    bare, whole = in_turn([alone, capture], repeats, wall)
+    tokens = sum(job.positions for job in jobs)
+    text = sum(len(r.token_ids) for job in jobs for r in job.requests)
+    note = f"{whole / bare - 1:+.1%} over the teacher alone ({bare:.1f} s of wall time, {len(jobs)} shards)"
+    return Line(name, tokens / whole, text / whole, note)
 
 
-PARTS = {"head": head, "packing": packing, "teacher": teachers, "capture": capture}
+def of_vllm(arguments: argparse.Namespace, until: float) -> Iterator[Line]:
+    """The rows of the vllm backend, from a process in an environment that has it."""
+    python = arguments.vllm_python
+    if python is None:
+        here = importlib.util.find_spec("vllm") is not None
+        found = Path(sys.executable) if here else ROOT / ".venv-vllm/bin/python"
+        python = found if found.exists() else None
+    if python is None:
+        yield Line("vllm", float("nan"), float("nan"), "left out: not here, and no .venv-vllm (`make vllm-env`)")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        summary = Path(folder) / "lines.json"
+        minutes = max((until - time.monotonic()) / 60, 0.01)
+        options = {"only": "teacher", "backend": "vllm", "minutes": minutes, "json": summary}
+        options |= {name: getattr(arguments, name) for name in ("shapes", "threads", "repeats", "shards")}
+        command = [python, __file__, *(f"--{name}={value}" for name, value in options.items())]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"the vllm backend failed:\n{done.stderr[-2000:]}")
+        for line in json.loads(summary.read_text()):
+            yield Line(**line)
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[Line]:
+    """All that was asked for."""
+    until = time.monotonic() + 60 * arguments.minutes
+    shapes = arguments.shapes
+    if shapes == "auto":
+        shapes = "real" if DEVICE.type == "cuda" else "tiny"
+    parts = arguments.only.split(",")
+    for part in (head, packing):
+        if part.__name__ in parts:
+            yield from part(arguments.repeats)
+    if "teacher" not in parts:
+        return
+    if arguments.backend != "vllm":
+        yield from teachers(arguments.repeats, Settings("transformers", shapes, arguments.shards, until))
+    if arguments.backend == "both":
+        yield from of_vllm(arguments, until)
+    elif arguments.backend == "vllm":
+        yield from teachers(arguments.repeats, Settings("vllm", shapes, arguments.shards, until))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--only", default="head,packing,teacher")
+    parser.add_argument("--backend", default="both", choices=(*BACKENDS, "both"))
+    parser.add_argument("--shapes", default="auto", choices=("auto", "tiny", "scaled", "real"))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shards", type=int, default=12, help="of a capture")
+    parser.add_argument("--minutes", type=float, default=7, help="after which nothing more is begun")
+    parser.add_argument("--vllm-python", type=Path, help="the Python that has vLLM")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     lines = []
-    print(f"{DEVICE.type}, {arguments.threads} threads\n{'':30} {'scored/s':>10} {'tokens/s':>10}")
-    for name in arguments.only.split(","):
-        for line in PARTS[name](arguments.repeats):
-            print(f"{line.name:30} {line.scored_per_s:10,.0f} {line.tokens_per_s:10,.0f}  {line.note}", flush=True)
-            lines.append(vars(line))
+    print(f"{DEVICE.type}, {arguments.threads} threads\n{'':34} {'scored/s':>10} {'tokens/s':>10}")
+    for line in measure(arguments):
+        print(f"{line.name:34} {line.scored_per_s:10,.0f} {line.tokens_per_s:10,.0f}  {line.note}", flush=True)
+        lines.append(vars(line))
     if arguments.json:
         arguments.json.write_text(json.dumps(lines, indent=2) + "\n")
 

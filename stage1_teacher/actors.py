@@ -1,10 +1,11 @@
 """Workers on Ray actors, on one machine or many: tasks go to whoever is free, and those of a dead actor to another.
 
 `Actors` knows nothing of teachers: a worker is any object that can be pickled and has `start` and `work`. Each actor gets
-a copy and starts it; what the copies say about themselves must agree. An actor holds few tasks at a time, so that one can
-be prepared while another is in work, and with an actor only those are lost. They are given to others, each alone: so a
-task that kills whoever does it is told from one that was only beside it, and after some attempts it is an error. Results come
-back to the calling process, so the machines need no file system in common.
+a copy and starts it; what the copies say about themselves must agree. An actor holds two tasks at a time: with a GPU, or
+with CPUs to spare, it prepares one while the other is computed; else the second one waits at hand. With an actor only
+those are lost. They are given to others, each alone: so a task that kills whoever does it is told from one that was only
+beside it, and after some attempts it is an error. Results come back to the calling process, so the machines need no file
+system in common.
 
 Mistakes that a user can mend (`TidecacheError`) are not tried again. After an error no new task is begun, and what is in
 work is waited for, so that its results are kept.
@@ -24,7 +25,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from shared.errors import TidecacheError
 
 ATTEMPTS = 3  # at one task, and at starting a worker
-AHEAD = 2  # tasks in an actor: one in work, one being prepared or encoded
+AHEAD = 2  # tasks that an actor holds
 PATIENCE = 60.0  # seconds without an actor before a word is said about it
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ ResultOut = TypeVar("ResultOut", covariant=True)
 
 
 class Worker(Protocol[TaskIn, ResultOut]):
-    """What an actor holds. `work` is called from `AHEAD` threads at a time."""
+    """What an actor holds. `work` may be called from `AHEAD` threads at a time."""
 
     def start(self) -> Any:
         """Load what is heavy; what it gives must be the same on every actor."""
@@ -141,7 +142,10 @@ class Actors(Generic[Task, Result]):
         self._options, self.count = _place(self._ray.cluster_resources(), self._settings)
         kind: Any = self._ray.remote(_Host)
         worker = self._ray.put(self._worker)  # once, however many actors take it
-        self._hire_one = lambda: kind.options(max_concurrency=AHEAD, **self._options).remote(worker)
+        # Two tasks at a time on one CPU and no GPU would only be in each other's way.
+        spare = self._options["num_gpus"] > 0 or self._options["num_cpus"] >= AHEAD
+        settings = {"max_concurrency": AHEAD if spare else 1, **self._options}
+        self._hire_one = lambda: kind.options(**settings).remote(worker)
         for _ in range(self.count):
             self._hire()
         return self
@@ -153,13 +157,13 @@ class Actors(Generic[Task, Result]):
         if self._ours:
             self._ray.shutdown()
 
-    def describe(self) -> Any:
-        """What the first worker to start says about itself.
+    def describe(self, everyone: bool = False) -> Any:
+        """What the first worker to start says about itself; `everyone`: once all have started.
 
         Raises:
-            TidecacheError: it cannot start.
+            TidecacheError: one cannot start.
         """
-        while self._description is None:
+        while self._description is None or (everyone and not all(member.started for member in self._members)):
             for reference in self._landed():
                 self._take_start(reference)
         return self._description

@@ -56,7 +56,7 @@ class _Listener:
 
 
 class ShardWorker:
-    """Loads the draft's teacher and makes shards with it; one shard is prepared or encoded while another is scored."""
+    """Loads the draft's teacher and makes shards with it; while one is scored, another may be prepared or encoded."""
 
     def __init__(self, draft: Draft) -> None:
         self._draft = draft

@@ -36,6 +36,7 @@ class LLaDA2MoeConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     rope_parameters: dict[str, Any] | None = None
     attention_dropout: float = 0.0
+    embedding_dropout: float = 0.0  # not used here; vLLM reads it
     use_bias: bool = False
     use_qkv_bias: bool = False
     use_qk_norm: bool = True

@@ -62,9 +62,10 @@ def require_vllm(tensor_parallel: int) -> str:
 
 
 def start_engine(
-    folder: Path, config: Any, traits: ScorerTraits, name: str, dtype: str, tensor_parallel: int, batch_tokens: int
-) -> Any:
-    """A vLLM engine with the checkpoint."""
+    folder: Path, config: Any, traits: ScorerTraits, name: str, dtype: str, tensor_parallel: int, batch_tokens: int,
+    load_format: str = "safetensors",
+) -> Any:  # fmt: skip
+    """A vLLM engine with the checkpoint; `load_format` "dummy": with random weights of its shapes, for benchmarks."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -101,7 +102,7 @@ def start_engine(
             model=str(folder),
             hf_config_path=translated,
             skip_tokenizer_init=True,
-            load_format="safetensors",
+            load_format=load_format,
             use_tqdm_on_load=False,
             runner="pooling",
             dtype=dtype,
