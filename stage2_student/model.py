@@ -8,10 +8,9 @@ the name `<|mask|>`, that their tokenizer need not declare.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,35 +181,28 @@ def save_student(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     config: TrainConfig,
-    caches: Sequence[TrainedFrom],
+    trained: Mapping[str, Any],
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint folder; `caches` are those that it was trained from.
+    """Write a checkpoint folder; `trained` says how and from what, for `tidecache.json`; `state`: weights gathered elsewhere.
 
     Raises:
-        TidecacheError: the disk is full or refuses.
+        OSError: the disk is full or refuses (safetensors raises an error of its own for it).
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if adapters.has_adapters(model):
-            adapters.save_adapter(model, folder / adapters.FOLDER)
-            state = adapters.merged_state(model)
-        model.save_pretrained(folder, state_dict=None if state is None else dict(state))
-        tokenizer.save_pretrained(folder)
-        metadata = {
-            "format": 1,
-            "block_size": config.block_size,
-            "block_start": config.block_start,
-            "mask_token": tokenizer.mask_token,
-            "caches": [dataclasses.asdict(cache) for cache in caches],
-            "config": config.to_json(),
-        }
-        (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise TidecacheError(
-            f"{folder}: the checkpoint cannot be written ({error.strerror or error}): free some space or choose "
-            "another --out; checkpoints written before are complete"
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    if adapters.has_adapters(model):
+        adapters.save_adapter(model, folder / adapters.FOLDER)
+        state = adapters.merged_state(model)
+    model.save_pretrained(folder, state_dict=None if state is None else dict(state))
+    tokenizer.save_pretrained(folder)
+    metadata = {
+        "format": 1,
+        "block_size": config.block_size,
+        "block_start": config.block_start,
+        "mask_token": tokenizer.mask_token,
+        **trained,
+    }
+    (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
 
 
 def restore_student(model: PreTrainedModel, folder: Path) -> None:
@@ -221,8 +213,14 @@ def restore_student(model: PreTrainedModel, folder: Path) -> None:
     """
     if adapters.has_adapters(model):
         adapters.load_adapter(model, folder)
-    else:
+        return
+    try:
         model.load_state_dict(load_student(folder).model.state_dict())
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [""])[-1].strip()
+        raise TidecacheError(
+            f"{folder}: its weights are not those of a student like this base ({reason}): resume with the same --base"
+        ) from error
 
 
 class TrainableStudent(nn.Module):
@@ -252,6 +250,10 @@ class TrainableStudent(nn.Module):
     def _no_split_modules(self) -> Any:
         """Names of the layer classes, where FSDP looks for what to shard one by one."""
         return self.model._no_split_modules
+
+    def tie_weights(self) -> None:
+        """Passed on to the model; accelerate asks for it after it has moved weights into FSDP2's shards."""
+        self.model.tie_weights()
 
     def _head(self) -> Head:
         """Made anew for each pass: wrappers may replace the parameters; what follows the product stays."""

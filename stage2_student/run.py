@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import trainer_utils
 from transformers.utils import logging as transformers_logging
 
 from shared.cache import open_cache
@@ -28,9 +27,9 @@ from shared.cache.remote import Folder
 from shared.cache.selection import Selection
 from shared.cache.stream import DrawStream
 from shared.errors import TidecacheError
-from stage2_student import adapters, tidal
+from stage2_student import adapters, checkpoints, tidal
 from stage2_student.batch import Collator
-from stage2_student.callbacks import LOG_FILE, Display, LogFile
+from stage2_student.callbacks import Display, LogFile
 from stage2_student.config import AUTO, METADATA_FILE, TrainConfig, automatic_fresh, require
 from stage2_student.data import RowMaker
 from stage2_student.dataset import TrainingRows
@@ -39,7 +38,6 @@ from stage2_student.model import (
     Student,
     TrainableStudent,
     TrainedFrom,
-    load_metadata,
     load_student,
     restore_student,
 )
@@ -293,7 +291,7 @@ def train(
     transformers_logging.disable_progress_bar()
     _check_launch(config)
     if not stop_before_training:
-        _check_out(out, resume)
+        checkpoints.check_out(out, resume)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     is_first = int(os.environ.get("RANK", "0")) == 0
     prepared = prepare(config, caches, base, ranks)
@@ -304,29 +302,31 @@ def train(
             console.print("note: the base had no mask token; one was added, with the mean of all embeddings")
     if stop_before_training:
         return {"loss": dry_run(config, prepared, console)}
-    checkpoint = _last_checkpoint(out) if resume else None
+    identity = checkpoints.Identity(config, prepared.trained_from, prepared.student.text.digest, ranks)
+    checkpoint = checkpoints.last(out) if resume else None
     if checkpoint is not None:
-        _check_resumable(config, prepared.trained_from, Path(checkpoint))
-        restore_student(prepared.student.model, Path(checkpoint))
+        identity.check(checkpoint)
+        restore_student(prepared.student.model, checkpoint)
+    checkpoints.check_space(out, prepared.student.model, config, plan.steps)
     display = Display(console)
     trainer = StudentTrainer(
         prepared.student,
         prepared.rows,
         config,
         training_arguments(config, out, plan.steps, report_to),
-        prepared.trained_from,
+        identity.to_json(),
         callbacks=[LogFile(out), display],
     )
     try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except OSError as error:
         raise TidecacheError(
-            f"{out}: a checkpoint or log cannot be written ({error.strerror or error}): free some space and run the "
-            "same command with --resume"
+            f"{out}: the log cannot be written ({error.strerror or error}): free some space and go on from the last "
+            "checkpoint with --resume"
         ) from error
     finally:
         display.close()
-    trainer.save_model(str(out))
+    trainer.save_result()
     seconds = float(result.metrics["train_runtime"])
     return {"steps": plan.steps, "rows": plan.rows, "seconds": seconds, "loss": float(result.training_loss)}
 
@@ -341,47 +341,4 @@ def _check_launch(config: TrainConfig) -> None:
         raise TidecacheError(
             "lora_rank: adapters are not trained under FSDP2: leave --use_fsdp out of `accelerate launch` (the frozen "
             "weights then lie in every process), or pass --lora-rank 0"
-        )
-
-
-def _last_checkpoint(out: Path) -> str | None:
-    """The newest `checkpoint-N` folder in a run's folder."""
-    found: str | None = trainer_utils.get_last_checkpoint(str(out)) if out.is_dir() else None
-    return found
-
-
-def _check_resumable(config: TrainConfig, trained_from: Sequence[TrainedFrom], checkpoint: Path) -> None:
-    """A resumed run must be the same run; only how often it logs and saves, and its loader, may change."""
-    metadata = load_metadata(checkpoint)
-    before = metadata.get("config", {})
-    free = {"logging_steps", "save_steps", "workers"}
-    now = config.to_json()
-    changed = [
-        f"{name}: {before.get(name)!r} there, {value!r} now"
-        for name, value in now.items()
-        if before.get(name) != value and name not in free
-    ]
-    caches = [dataclasses.asdict(cache) for cache in trained_from]
-    if metadata.get("caches") != caches:
-        changed.append(f"caches: {metadata.get('caches')!r} there, {caches!r} now")
-    if changed:
-        raise TidecacheError(
-            f"{checkpoint} was trained with another configuration ({'; '.join(changed)}): resume with the same "
-            "options, or choose another --out"
-        )
-
-
-def _check_out(out: Path, resume: bool) -> None:
-    """A run may begin in a new or empty folder, and go on where there is a checkpoint."""
-    found = any((out / name).exists() for name in (LOG_FILE, METADATA_FILE, "config.json")) or bool(
-        _last_checkpoint(out)
-    )
-    if out.exists() and not out.is_dir():
-        raise TidecacheError(f"{out}: expected a folder for the checkpoint, found a file: choose another --out")
-    if found and not resume:
-        raise TidecacheError(f"{out} holds a run already: choose another --out, or pass --resume to go on with it")
-    if resume and _last_checkpoint(out) is None:
-        raise TidecacheError(
-            f"{out}: nothing to resume, no checkpoint was found there: run without --resume; --save-steps sets how "
-            "often checkpoints are written"
         )

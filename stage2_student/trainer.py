@@ -13,10 +13,11 @@ optimiser states and the sums of gradients over ranks stay float32, so that smal
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import SCHEDULER_NAME
 
 from shared.errors import TidecacheError
-from stage2_student import insight, tidal
+from stage2_student import checkpoints, insight, tidal
 from stage2_student.batch import Batch, Collator
 from stage2_student.config import TrainConfig
 from stage2_student.dataset import Failure, OrFailure, TrainingRows
 from stage2_student.losses import BatchLosses, Counts, total
-from stage2_student.model import Student, TrainableStudent, TrainedFrom, save_student
+from stage2_student.model import Student, TrainableStudent, save_student
 
 NOT_FINITE_FILE = "not_finite.json"
 NAMED = 16  # documents in the message of a run that stopped; all are in the file
@@ -82,7 +83,7 @@ def fsdp_wanted() -> bool:
 
 
 class StudentTrainer(Trainer):
-    """See the module. `caches` names the caches in checkpoints."""
+    """See the module. `trained` says in checkpoints how and from what the student was trained."""
 
     def __init__(
         self,
@@ -90,13 +91,14 @@ class StudentTrainer(Trainer):
         rows: TrainingRows,
         config: TrainConfig,
         arguments: TrainingArguments,
-        caches: Sequence[TrainedFrom],
+        trained: Mapping[str, Any],
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.student = student
         self.train_config = config
         self.train_rows = rows
-        self.trained_from = tuple(caches)
+        self.trained = trained
+        self._staged: Path | None = None  # where a checkpoint is being written
         super().__init__(
             model=TrainableStudent(student.model, config),
             args=arguments,
@@ -218,11 +220,14 @@ class StudentTrainer(Trainer):
             return "the weights before it are not finite either, so they were not saved"
         if not step:
             return "nothing was trained yet"
+        checkpoint = Path(self.args.output_dir or ".") / f"checkpoint-{step}"
+        if checkpoint.exists():
+            return f"the state after step {step} is in {checkpoint}"
         torch.set_rng_state(self._random[0])
         if len(self._random) > 1:
             torch.cuda.set_rng_state(self._random[1], self.args.device)
         self._save_checkpoint(self.model_wrapped, None)
-        return f"the state after step {step} is saved in {self.args.output_dir}/checkpoint-{step}"
+        return f"the state after step {step} was saved in {checkpoint}"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log line, with what `insight.numbers` says of the steps since the last one, over all ranks."""
@@ -262,6 +267,34 @@ class StudentTrainer(Trainer):
     def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
         return inputs.to(self.args.device)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where Trainer writes a checkpoint's folder."""
+        return str(self._staged or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place and give it its name when it is whole."""
+        out = Path(self.args.output_dir or ".")
+        first = self.args.should_save
+        with checkpoints.staged(out) if first else contextlib.nullcontext():
+            self.accelerator.wait_for_everyone()  # the folder is there
+            self._staged = out / checkpoints.UNFINISHED
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staged = None
+            self.accelerator.wait_for_everyone()  # all have written
+            if first:
+                checkpoints.publish(out / checkpoints.UNFINISHED / f"checkpoint-{self.state.global_step}", out)
+
+    def save_result(self) -> None:
+        """Write the trained student into the run's folder; every process must call this."""
+        out = Path(self.args.output_dir or ".")
+        with checkpoints.staged(out) if self.args.should_save else contextlib.nullcontext():
+            result = out / checkpoints.UNFINISHED / "result"
+            self.save_model(str(result))
+            if self.args.should_save:
+                checkpoints.move_result(result, out)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A plain Hugging Face folder, written by the first process; every process must call this."""
         state = None
@@ -273,7 +306,7 @@ class StudentTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
             student = self.student
-            save_student(student.model, student.tokenizer, folder, self.train_config, self.trained_from, state)
+            save_student(student.model, student.tokenizer, folder, self.train_config, self.trained, state)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As Trainer does, but under FSDP the optimiser's state alone: the weights are in `model.safetensors` already."""

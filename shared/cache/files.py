@@ -123,7 +123,7 @@ def write(root: Path, name: str, data: bytes, exclusive: bool = False) -> bool:
             written = _link(temporary, final)
         else:
             os.replace(temporary, final)
-        _fsync_folder(final.parent)
+        fsync_folder(final.parent)
     except OSError as error:
         raise TidecacheError(_cannot_write(final, len(data), error)) from error
     finally:
@@ -155,7 +155,7 @@ def _cannot_write(path: Path, size: int, error: OSError) -> str:
     )
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Make a rename durable; systems that cannot open folders order renames by themselves."""
     with contextlib.suppress(PermissionError):
         descriptor = os.open(folder, os.O_RDONLY)

@@ -25,6 +25,7 @@ from stage2_student.config import TrainConfig, load_recipe
 from stage2_student.losses import Counts, total
 from stage2_student.model import TrainableStudent
 from stage2_student.trainer import StudentTrainer, training_arguments
+from tests.stage2_student import synthetic
 
 LAUNCH = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
 DDP = ("--multi_gpu", "--num_processes", "2")
@@ -75,26 +76,33 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_process(cache: Cache, student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def bases(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The base of each recipe's run: one has a head of its own, the others share it with the embedding."""
+    untied = synthetic.save_student(tmp_path_factory.mktemp("untied") / "base", tie_word_embeddings=False)
+    return {recipe: untied if recipe == "tide-shared" else student_folder for recipe in RECIPES}
+
+
+@pytest.fixture(scope="module")
+def one_process(cache: Cache, bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each recipe trained in one process with the whole batch."""
     found = {}
     for recipe in RECIPES:
         found[recipe] = tmp_path_factory.mktemp("one") / recipe
         config = load_recipe(recipe, config_of(recipe, 4))
-        run.train(config, cache.path, student_folder, found[recipe], console=Console(file=io.StringIO()))
+        run.train(config, cache.path, bases[recipe], found[recipe], console=Console(file=io.StringIO()))
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [DDP, FSDP2], ids=["ddp", "fsdp2"])
 def test_two_processes_train_what_one_does_with_the_doubled_batch(
-    arguments: tuple[str, ...], one_process: dict[str, Path], cache: Cache, student_folder: Path, tmp_path: Path
+    arguments: tuple[str, ...], one_process: dict[str, Path], cache: Cache, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     def job(recipe: str, name: str, **more: Any) -> dict[str, Any]:
         batch, accumulation = SPLIT[recipe]
         return {
             "recipe": recipe, "overrides": config_of(recipe, batch, accumulation, **more), "cache": str(cache.path),
-            "base": str(student_folder), "out": str(tmp_path / name),
+            "base": str(bases[recipe]), "out": str(tmp_path / name),
         }  # fmt: skip
 
     resumed = job("events", "resumed", save_steps=2) | {"resume": str(tmp_path / "whole" / "checkpoint-2")}

@@ -63,7 +63,7 @@ def arm(kill_at: int) -> None:
 
     for name in ("fsync", "replace", "link"):
         setattr(files.os, name, counted(getattr(os, name)))
-    files._fsync_folder = counted(files._fsync_folder)
+    files.fsync_folder = counted(files.fsync_folder)
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def arm(kill_at: int) -> None:
 
     for name in ("fsync", "replace", "link"):
         setattr(files.os, name, counted(getattr(os, name)))
-    files._fsync_folder = counted(files._fsync_folder)
+    files.fsync_folder = counted(files.fsync_folder)
     widening.shutil.rmtree = counted(shutil.rmtree)
 
 
