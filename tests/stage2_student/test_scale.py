@@ -172,7 +172,7 @@ def test_bf16_keeps_float32_weights_and_loses_no_small_update(
     config = load_recipe("reverse-calm-tidal", values)
     prepared = run.prepare(config, cache.path, student_folder)
     trainer = StudentTrainer(
-        prepared.student, prepared.rows, config, training_arguments(config, tmp_path / "out", 1), (), []
+        prepared.student, prepared.rows, config, training_arguments(config, tmp_path / "out", 1), {}, []
     )
     trainer.train()
     trainer.save_model(str(tmp_path / "out"))
@@ -193,7 +193,7 @@ def test_bf16_computes_in_bf16(cache: Cache, student_folder: Path, tmp_path: Pat
     config = load_recipe("events", values)
     prepared = run.prepare(config, cache.path, student_folder)
     arguments = training_arguments(config, tmp_path / "out", 1)
-    trainer = StudentTrainer(prepared.student, prepared.rows, config, arguments, (), [])
+    trainer = StudentTrainer(prepared.student, prepared.rows, config, arguments, {}, [])
     layer: Any = prepared.student.model.base_model.layers[0].mlp.up_proj
     layer.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
     loss = trainer.train().training_loss

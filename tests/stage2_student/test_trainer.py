@@ -68,7 +68,7 @@ def test_accumulation_gives_the_large_batchs_gradient(
         prepared = run.prepare(config, cache.path, student_folder)
         keeper = GradientKeeper()
         trainer = StudentTrainer(
-            prepared.student, prepared.rows, config, training_arguments(config, tmp_path / str(batch), 1), (), [keeper]
+            prepared.student, prepared.rows, config, training_arguments(config, tmp_path / str(batch), 1), {}, [keeper]
         )
         loss = trainer.train().training_loss
         found.append((loss, keeper.gradients, trainer.state.log_history[0]))
