@@ -88,10 +88,11 @@ class Tab:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    async def middle(self, selector: str) -> tuple[float, float]:
+    async def middle(self, selector: str, scroll: bool = True) -> tuple[float, float]:
         """Where an element's first line is in the window, after scrolling to it."""
+        move = "e.scrollIntoView({block: 'center'});" if scroll else ""
         x, y = await self.evaluate(
-            f"(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center'}});"
+            f"(() => {{ const e = document.querySelector({selector!r}); {move}"
             "const [b] = e.getClientRects(); return [b.left + b.width / 2, b.top + b.height / 2]; })()"
         )
         return x, y
@@ -100,8 +101,8 @@ class Tab:
         x, y = await self.middle(selector)
         await self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
-    async def tap(self, selector: str) -> None:
-        x, y = await self.middle(selector)
+    async def tap(self, selector: str, scroll: bool = True) -> None:
+        x, y = await self.middle(selector, scroll)
         await self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
         await self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 

@@ -169,6 +169,13 @@
     tip.style.top = `${top + scrollY}px`;
   }
 
+  // On a phone the candidates lie at the window's foot: move the chunk out from under them. Not before the tap is over,
+  // or it ends on what has moved to its place.
+  function uncover() {
+    if (current < 0 || getComputedStyle(tip).position !== "fixed") return;
+    scrollBy(0, Math.max(0, chunks[current].getClientRects()[0].bottom + 12 - tip.getBoundingClientRect().top));
+  }
+
   function hide() {
     if (current >= 0 && chunks[current]) chunks[current].classList.remove("here");
     current = -1;
@@ -176,13 +183,13 @@
   }
 
   const at = (event) => event.target.closest && event.target.closest(".chunk");
-  textBox.addEventListener("pointerover", (event) => { const span = at(event); if (span) point(+span.dataset.m); });
+  textBox.addEventListener("pointerover", (event) => { const span = at(event); if (span && event.pointerType !== "touch") point(+span.dataset.m); });
   textBox.addEventListener("pointerout", (event) => {
     if (event.pointerType === "mouse" && at(event)) { const kept = document.activeElement; if (kept && kept.classList.contains("chunk")) point(+kept.dataset.m); else hide(); }
   });
   textBox.addEventListener("focusin", (event) => { const span = at(event); if (span) point(+span.dataset.m); });
   textBox.addEventListener("focusout", hide);
-  textBox.addEventListener("click", (event) => { const span = at(event); if (span) { span.focus({ preventScroll: true }); point(+span.dataset.m); } });
+  textBox.addEventListener("click", (event) => { const span = at(event); if (span) { span.focus({ preventScroll: true }); point(+span.dataset.m); uncover(); } });
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
   addEventListener("scroll", () => {
     if (current < 0) return;
@@ -200,6 +207,7 @@
     span.tabIndex = -1;
     chunks[next].tabIndex = 0;
     chunks[next].focus();
+    uncover();
   });
   byId("document").addEventListener("change", (event) => chooseDocument(+event.target.value));
   byId("previous").addEventListener("click", () => chooseDocument(state.document - 1));

@@ -320,8 +320,12 @@ async def _narrow(target: Path, profile: Path) -> None:
         await tab.open(target, 390, 844, dark=True, phone=True)
         assert await tab.evaluate("document.documentElement.scrollWidth") == 390
         assert await tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
-        await tab.tap(".chunk")
+        # A chunk at the foot of the window, where the candidates will be, moves up when it is tapped.
+        await tab.evaluate("document.querySelector('.chunk').scrollIntoView({block: 'end'})")
+        await tab.tap(".chunk", scroll=False)
         assert await tab.evaluate("document.getElementById('tip').hidden") is False
+        bottom = "document.querySelector('.chunk.here').getClientRects()[0].bottom"
+        assert await tab.evaluate(f"{bottom} <= document.getElementById('tip').getBoundingClientRect().top")
         assert await tab.evaluate("document.querySelectorAll('#tip li').length") >= 5
         await tab.evaluate("new Promise((done) => { scrollTo(0, 1e6); setTimeout(done, 100); })")
         assert await tab.evaluate("document.getElementById('tip').hidden") is True
