@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -190,33 +191,56 @@ def test_long_documents_and_prompts_are_shown_in_part(tmp_path):
     assert max(document["draws"][0]["masked"]) < 400
 
 
-def contrast(a: str, b: str) -> float:
-    def luminance(colour: str) -> float:
-        colour = colour.lstrip("#")
-        colour = "".join(c * 2 for c in colour) if len(colour) == 3 else colour
-        rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)])
-        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-        return float(linear @ [0.2126, 0.7152, 0.0722])
+def linear_rgb(colour: str) -> np.ndarray:
+    colour = colour.lstrip("#")
+    colour = "".join(c * 2 for c in colour) if len(colour) == 3 else colour
+    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)])
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
 
-    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+
+def contrast(a: str, b: str) -> float:
+    high, low = sorted((float(linear_rgb(c) @ [0.2126, 0.7152, 0.0722]) for c in (a, b)), reverse=True)
     return (high + 0.05) / (low + 0.05)
 
 
-def test_colours_have_the_contrast_that_readers_need():
-    """WCAG 2: 4.5 for text, 3 for lines; and neighbours on the scale differ in lightness."""
-    style = (PARTS / "page.css").read_text()
-    light, dark = (
-        dict(re.findall(r"--(\w+): (#\w+);", block)) for block in style.split("@media (prefers-color-scheme: dark)", 1)
-    )
-    for theme in (light, dark):
-        for step in range(5):
-            assert contrast(theme[f"s{step}"], theme[f"t{step}"]) >= 4.5, step
-        for ink in ("ink", "soft", "link"):
-            assert min(contrast(theme[ink], theme[ground]) for ground in ("paper", "panel")) >= 4.5, ink
-        for number in range(7):
-            assert contrast(theme[f"c{number}"], theme["paper"]) >= 3, number
-        for a, b in ((0, 1), (1, 2), (3, 4)):
-            assert contrast(theme[f"s{a}"], theme[f"s{b}"]) >= 1.5, (a, b)
+def lab(linear: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* (D65), in which a distance of 2.3 is just noticeable."""
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear
+    f = np.cbrt(np.maximum(xyz / [0.9505, 1.0, 1.089], 0.008856))
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+VISION = {  # Machado, Oliveira and Fernandes 2009, complete deficiency; in linear RGB
+    "all": np.eye(3),
+    "protanopia": [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
+    "deuteranopia": [[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]],
+    "tritanopia": [[1.2555, -0.0767, -0.1788], [-0.0784, 0.9308, 0.1476], [0.0047, 0.6914, 0.3039]],
+}
+
+
+def themes() -> list[dict[str, str]]:
+    parts = (PARTS / "page.css").read_text().split("@media (prefers-color-scheme: dark)", 1)
+    return [dict(re.findall(r"--(\w+): (#\w+);", part)) for part in parts]
+
+
+@pytest.mark.parametrize("theme", themes(), ids=["light", "dark"])
+def test_colours_have_the_contrast_that_readers_need(theme):
+    """WCAG 2: 4.5 for text, 3 for lines."""
+    for step in range(5):
+        assert contrast(theme[f"s{step}"], theme[f"t{step}"]) >= 4.5, step
+    for ink in ("ink", "soft", "link"):
+        assert min(contrast(theme[ink], theme[ground]) for ground in ("paper", "panel")) >= 4.5, ink
+    for number in range(7):
+        assert contrast(theme[f"c{number}"], theme["paper"]) >= 3, number
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("theme", themes(), ids=["light", "dark"])
+def test_every_kind_of_colour_vision_tells_the_steps_apart(theme, vision):
+    matrix = np.array(VISION[vision])
+    steps = [lab(np.clip(matrix @ linear_rgb(theme[f"s{i}"]), 0, 1)) for i in range(5)]
+    for a, b in itertools.combinations(range(5), 2):
+        assert np.linalg.norm(steps[a] - steps[b]) >= 12, (a, b)
 
 
 @pytest.mark.parametrize("changes", [{"lanes": ("gold",)}, {"temperatures": (1.0,)}])
