@@ -19,3 +19,9 @@ def ranges(first_S: npt.NDArray[np.integer[Any]], count_S: npt.NDArray[np.intege
 def within(count_S: npt.NDArray[np.integer[Any]]) -> IntArray:
     """The integers 0, …, count_S[0] − 1, 0, …, count_S[1] − 1, …: the place of each value in its own list."""
     return ranges(np.zeros_like(count_S), count_S)
+
+
+def sums(value_N: npt.NDArray[Any], count_S: npt.NDArray[np.integer[Any]]) -> IntArray:
+    """The sum of each list's whole numbers; a list may be empty."""
+    total_N = np.concatenate([[0], np.cumsum(value_N, dtype=np.int64)])
+    return np.asarray(np.diff(total_N[np.concatenate([[0], np.cumsum(count_S)])]))

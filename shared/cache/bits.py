@@ -12,121 +12,126 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from shared.ragged import ranges, sums, within
+
 IntArray = npt.NDArray[np.int64]
 MAX_WIDTH = 32
-MAX_NARROW = 3  # numbers of so few bits are taken together before they are placed
 MAX_VARINT = 35  # bits
 
 
 class BitWriter:
-    """Collects numbers; `to_bytes` gives the stream, filled up with zeros to a whole byte."""
+    """Collects numbers for R streams side by side: the first stream's, then those of the second, and so on; `count_R`
+    says how many for each.
+    """
 
     def __init__(self) -> None:
-        self._values: list[IntArray] = []
-        self._widths: list[IntArray] = []
+        self._parts: list[tuple[IntArray, IntArray, IntArray, IntArray | int]] = []  # counts, values, bits, zeros ahead
 
-    def varying(self, values_N: IntArray, width_N: IntArray) -> None:
+    def varying(self, count_R: IntArray, values_N: IntArray, width_N: IntArray) -> None:
         """Each value in a width of its own, at most `MAX_WIDTH`, which must be enough for it."""
-        self._values.append(values_N)
-        self._widths.append(width_N)
+        self._parts.append((count_R, values_N, width_N, 0))
 
-    def fixed(self, values_N: IntArray, width: int) -> None:
-        """Each value in `width` bits."""
-        if width > MAX_NARROW:
-            self.varying(values_N, np.full(len(values_N), width))
-        else:
-            self._bits(((values_N[:, None] >> np.arange(width)) & 1).astype(np.uint8).reshape(-1))
+    def fixed(self, count_R: IntArray, values_N: IntArray, width_R: int | IntArray) -> None:
+        """Each value in the width of its stream."""
+        self.varying(count_R, values_N, np.repeat(np.broadcast_to(np.asarray(width_R), count_R.shape), count_R))
 
-    def unary(self, values_N: IntArray) -> int:
-        """Each value in unary; the number of bits that all take."""
-        stop_N = np.cumsum(values_N + 1)
-        length = int(stop_N[-1]) if len(stop_N) else 0
-        bits = np.zeros(length, dtype=np.uint8)
-        bits[stop_N - 1] = 1
-        self._bits(bits)
-        return length
+    def unary(self, count_R: IntArray, values_N: IntArray) -> IntArray:
+        """Each value in unary; the number of bits that all take, by stream."""
+        self._parts.append((count_R, np.ones_like(values_N), values_N + 1, values_N))
+        return sums(values_N, count_R) + count_R
 
-    def _bits(self, bits_N: npt.NDArray[np.uint8]) -> None:
-        """Single bits, one per byte, taken together to words."""
-        packed = np.packbits(bits_N, bitorder="little")
-        word_W = np.concatenate([packed, np.zeros(-len(packed) % 4, np.uint8)]).view("<u4").astype(np.int64)
-        width_W = np.full(len(word_W), MAX_WIDTH)
-        if len(word_W):
-            width_W[-1] -= -len(bits_N) % MAX_WIDTH
-        self.varying(word_W, width_W)
-
-    def to_bytes(self) -> bytes:
-        """The whole stream."""
-        value_N = np.concatenate([np.zeros(0, np.int64), *self._values]).astype(np.uint64)
-        width_N = np.concatenate([np.zeros(0, np.int64), *self._widths])
-        stop_N = np.cumsum(width_N)
-        length = int(stop_N[-1]) if len(stop_N) else 0
-        start_N = stop_N - width_N
-        word_W = np.zeros(length // 32 + 2, dtype=np.uint64)
-        window_N = value_N << (start_N & 31).astype(np.uint64)  # of the word that it starts in and the next
-        first_N = start_N >> 5
-        runs = np.flatnonzero(np.diff(first_N, prepend=-1))  # values of each word that some start in
-        if len(runs):
-            both_R = np.bitwise_or.reduceat(window_N, runs)
+    def to_streams(self) -> list[bytes]:
+        """The whole streams, each filled up with zeros to a whole byte."""
+        length_RS = np.stack([sums(bits_N, count_R) for count_R, _, bits_N, _ in self._parts], axis=1)
+        bytes_R = (length_RS.sum(1) + 7) // 8
+        stop_R = np.cumsum(bytes_R)
+        start_RS = 8 * (stop_R - bytes_R)[:, None] + np.cumsum(length_RS, axis=1) - length_RS
+        word_W = np.zeros(int(stop_R[-1]) // 4 + 2, dtype=np.uint64)
+        for part, (count_R, value_N, bits_N, zeros_N) in enumerate(self._parts):
+            if not len(value_N):
+                continue
+            ahead_N = np.cumsum(bits_N) - bits_N
+            first_R = np.concatenate([ahead_N, [0]])[np.cumsum(count_R) - count_R]
+            start_N = ahead_N + zeros_N + np.repeat(start_RS[:, part] - first_R, count_R)
+            window_N = value_N << (start_N & 31)  # of the word that it starts in and the next
+            first_N = start_N >> 5
+            runs = np.flatnonzero(np.diff(first_N, prepend=-1))  # the values that start in one word
+            both_R = np.bitwise_or.reduceat(window_N, runs).astype(np.uint64)
             word_W[first_N[runs]] |= both_R & np.uint64(0xFFFFFFFF)
             word_W[first_N[runs] + 1] |= both_R >> np.uint64(32)
-        return word_W.astype("<u4").tobytes()[: (length + 7) // 8]
+        data = word_W.astype("<u4").tobytes()
+        return [data[stop - count : stop] for stop, count in zip(stop_R.tolist(), bytes_R.tolist(), strict=True)]
 
 
 class BitReader:
-    """Reads a stream from its start on. Every method raises ValueError where the stream ends too early, before it
-    takes memory for what it was asked for.
+    """Reads R streams side by side, each from its start on: what comes out are the values of the first, then those of the
+    second, and so on. `count_R` says how many of each stream. Every method raises ValueError where a stream ends too
+    early, before it takes memory for what it was asked for.
     """
 
-    def __init__(self, data: npt.NDArray[np.uint8]) -> None:
-        self.length = 8 * len(data)
-        self.position = 0
-        self._data = data
-        word_W = np.concatenate([data, np.zeros(8 + -len(data) % 4, np.uint8)]).view("<u4").astype(np.uint64)
-        self._window_W = word_W[:-1] | (word_W[1:] << np.uint64(32))  # 64 bits from each multiple of 32
+    def __init__(self, streams: Sequence[bytes | memoryview]) -> None:
+        self._data = np.frombuffer(b"".join(streams), np.uint8)
+        self._stop_R = np.cumsum([8 * len(stream) for stream in streams], dtype=np.int64)
+        self._position_R = np.concatenate([[0], self._stop_R[:-1]])
+        padded = np.concatenate([self._data, np.zeros(8 + -len(self._data) % 4, np.uint8)])
+        word_W = padded.view("<u4").astype(np.uint64)
+        self._window_W = (word_W[:-1] | (word_W[1:] << np.uint64(32))).view(
+            np.int64
+        )  # 64 bits from each multiple of 32
 
-    def take(self, count: int) -> int:
-        """Step over so many bits; where they start."""
-        start = self.position
-        if count < 0 or count > self.length - start:
-            raise ValueError(f"{count} bits expected from bit {start} of {self.length}")
-        self.position += count
-        return start
+    def _take(self, bits_R: IntArray) -> IntArray:
+        """Step over so many bits of each stream; where they start."""
+        if (bits_R < 0).any() or (bits_R > self._stop_R - self._position_R).any():
+            raise ValueError("more bits are expected than there are")
+        start_R = self._position_R
+        self._position_R = start_R + bits_R
+        return start_R
 
-    def at(self, start_N: IntArray, width: int | IntArray) -> IntArray:
-        """The values of `width` bits that start at these bits, which must lie in what was stepped over."""
-        window_N = self._window_W[start_N >> 5] >> (start_N & 31).astype(np.uint64)
-        mask = (np.int64(1) << np.asarray(width, dtype=np.int64)) - 1
-        return np.asarray(window_N.view(np.int64) & mask)
+    def _at(self, start_N: IntArray, width_N: int | IntArray) -> IntArray:
+        """The values of so many bits, at most `MAX_WIDTH`, that start at these bits."""
+        window_N = self._window_W[start_N >> 5] >> (start_N & 31)  # the sign is shifted in beyond the 33rd bit
+        return np.asarray(window_N & ((np.int64(1) << np.asarray(width_N, dtype=np.int64)) - 1))
 
-    def fixed(self, count: int, width: int) -> IntArray:
-        """The next `count` values of `width` bits."""
-        start = self.take(count * width)
-        if width == 0:
-            return np.zeros(count, np.int64)
-        return self.at(np.arange(start, start + count * width, width), width)
+    def fixed(self, count_R: IntArray, width_R: int | IntArray) -> IntArray:
+        """Values of a width that each stream has for all of them."""
+        width_R = np.broadcast_to(np.asarray(width_R, dtype=np.int64), count_R.shape)
+        start_R = self._take(count_R * width_R)
+        width_N = np.repeat(width_R, count_R)
+        return self._at(np.repeat(start_R, count_R) + within(count_R) * width_N, width_N)
 
-    def varying(self, width_N: IntArray) -> IntArray:
-        """The next values, each of its own width."""
-        stop_N = np.cumsum(width_N)
-        start = self.take(int(stop_N[-1]) if len(stop_N) else 0)
-        return self.at(start + stop_N - width_N, width_N)
+    def varying(self, count_R: IntArray, width_N: IntArray) -> IntArray:
+        """Values each of its own width."""
+        stop_N = np.concatenate([[0], np.cumsum(width_N)])
+        before_R = stop_N[np.cumsum(count_R) - count_R]
+        start_R = self._take(stop_N[np.cumsum(count_R)] - before_R)
+        return self._at(stop_N[:-1] + np.repeat(start_R - before_R, count_R), width_N)
 
-    def unary(self, count: int, length: int) -> IntArray:
-        """The next `count` values in unary, which must take `length` bits."""
-        start = self.take(length)
-        first = start >> 3
-        bits = np.unpackbits(self._data[first : (start + length + 7) >> 3], bitorder="little")
-        ones = np.flatnonzero(bits[start - 8 * first : start - 8 * first + length].view(np.bool_))
-        if len(ones) != count or (count and ones[-1] != length - 1) or (not count and length):
-            raise ValueError(f"{count} numbers in unary expected in {length} bits, found {len(ones)}")
-        return np.asarray(np.diff(ones, prepend=-1) - 1)
+    def unary(self, count_R: IntArray, length_R: IntArray) -> IntArray:
+        """Values in unary, which must take so many bits of each stream."""
+        start_R = self._take(length_R)
+        first_R = start_R >> 3
+        bytes_R = ((start_R + length_R + 7) >> 3) - first_R
+        ones = np.flatnonzero(np.unpackbits(self._data[ranges(first_R, bytes_R)], bitorder="little").view(np.bool_))
+        low_R = 8 * (np.cumsum(bytes_R) - bytes_R) + (start_R & 7)
+        first_one_R = np.searchsorted(ones, low_R)
+        found_R = np.searchsorted(ones, low_R + length_R) - first_one_R
+        some = np.flatnonzero(count_R)
+        if (
+            (found_R != count_R).any()
+            or (length_R[count_R == 0] != 0).any()
+            or (ones[(first_one_R + count_R)[some] - 1] != (low_R + length_R)[some] - 1).any()
+        ):
+            raise ValueError("other numbers in unary are expected than there are")
+        at_N = ones[ranges(first_one_R, count_R)]
+        before_N = np.concatenate([[0], at_N[:-1]])[: len(at_N)]
+        before_N[(np.cumsum(count_R) - count_R)[some]] = low_R[some] - 1
+        return np.asarray(at_N - before_N - 1)
 
     def finish(self) -> None:
-        """Raise ValueError unless all that is left is less than a byte of zeros."""
-        left = self.length - self.position
-        if left >= 8 or (left and self.fixed(left, 1).any()):
-            raise ValueError(f"{left} bits after the end")
+        """Raise ValueError unless all that is left of each stream is less than a byte of zeros."""
+        left_R = self._stop_R - self._position_R
+        if (left_R >= 8).any() or self.fixed(left_R, 1).any():
+            raise ValueError("there are bits after the end")
 
 
 def varints(values: Sequence[int]) -> bytes:

@@ -3,7 +3,7 @@
 `raw`: lists of numbers that any Parquet reader can use; log-likelihoods are float32 rounded to 11 significant bits, and
 zstd stores little more than those: half a unit in the last place is at most 0.004 nats for values from −8 to −16, and
 never more than 2^-11 of the value. log Z keeps 16 bits, since the tail mass is a small difference.
-`packed`: one column of bytes, a third as large (`shared.cache.packed`). Each row says all that is needed to decode it; ids
+`packed`: one column of bytes, a third as large (`shared.cache.packed_layout`). Each row says all that is needed to decode it; ids
 are exact, log-likelihoods lie on the grid of `shared.cache.grid`.
 
 Tail samples stand beside either as raw columns. Shapes as in `shared.cache.records`.
@@ -11,7 +11,7 @@ Tail samples stand beside either as raw columns. Shapes as in `shared.cache.reco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from shared.cache import columns, grid, packed
+from shared.cache import columns, grid, packed_reader, packed_writer
+from shared.cache.packed_layout import Fillings
+from shared.cache.packed_reader import Shape
 from shared.cache.parquet import MAX_VALUES
 from shared.cache.records import ContextScores, FloatArray, IdArray, IntArray
 from shared.spec import CaptureSpec
 
 LOGP_BITS = 11  # significant bits of stored log-likelihoods
 LOG_Z_BITS = 16
+BLOCK_IDS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,10 @@ def to_columns(
         TidecacheError: more values than a row or a file may have.
     """
     if spec.codec == "packed":
-        vocabulary = spec.teacher.vocabulary
-        draws = [packed.Fillings(vocabulary, n, r.ids, _levels(spec, r)) for r, n in zip(rows, counts, strict=True)]
-        return {f"{context}_topk_packed": pa.array([packed.encode(d) for d in draws], pa.binary())}
+        data = [
+            row for block in _blocks([len(r.ids) for r in rows]) for row in _packed(spec, rows[block], counts[block])
+        ]
+        return {f"{context}_topk_packed": pa.array(data, pa.binary())}
     arrays: dict[str, list[npt.NDArray[Any]]] = {
         "topk_ids": [r.ids for r in rows],
         "topk_logp": [r.logp_MK.reshape(-1) for r in rows],
@@ -139,21 +143,55 @@ def _levels(spec: CaptureSpec, topk: TopK) -> grid.Levels:
     return grid.quantise(topk.logp_MK, topk.log_z_MT[:, hot(spec)], [t for t in spec.temperatures if t != 1.0])
 
 
+def _blocks(ids: Sequence[int]) -> Iterator[slice]:
+    """Rows to be coded together, by their numbers of ids: arrays that stay in a processor's cache, and none of the size
+    of a file.
+    """
+    first = total = 0
+    for row, size in enumerate(ids):
+        if total and total + size > BLOCK_IDS:
+            yield slice(first, row)
+            first, total = row, 0
+        total += size
+    if first < len(ids):
+        yield slice(first, len(ids))
+
+
+def _packed(spec: CaptureSpec, rows: Sequence[TopK], counts: Sequence[IntArray]) -> list[bytes]:
+    together = TopK(
+        np.concatenate([r.ids for r in rows]),
+        np.concatenate([r.logp_MK for r in rows]),
+        np.concatenate([r.log_z_MT for r in rows]),
+    )
+    chunks_R = np.array([len(count_M) for count_M in counts], dtype=np.int64)
+    fillings = Fillings(chunks_R, np.concatenate(counts), together.ids, _levels(spec, together))
+    return packed_writer.encode(fillings, spec.teacher.vocabulary)
+
+
 def _unpacked(
     spec: CaptureSpec, name: str, table: pa.Table, chunks: Sequence[int], tokens: Sequence[int]
 ) -> list[TopK]:
     if spec.k * sum(tokens) > MAX_VALUES:
         raise ValueError(f"column {name}: {spec.k * sum(tokens)} ids, more than a file can have")
-    rows = []
-    for row, data in enumerate(columns.binaries(table, name)):
+    data = columns.binaries(table, name)
+    tokens_R, chunks_R = np.array(tokens, dtype=np.int64), np.array(chunks, dtype=np.int64)
+    shape = Shape(spec.teacher.vocabulary, spec.k, len(hot(spec)), grid.step_of(spec.temperatures))
+    rows: list[TopK] = []
+    for block in _blocks((spec.k * tokens_R).tolist()):
         try:
-            found = packed.decode(
-                data, spec.teacher.vocabulary, spec.k, len(hot(spec)), int(tokens[row]), int(chunks[row])
-            )
-        except ValueError as error:
-            raise ValueError(f"column {name}, row {row}: {error}") from error
-        log_z_MT = _with_one(spec, found.levels.log_z)
-        rows.append(TopK(found.ids, found.levels.logp_MK, log_z_MT, found.count_M))
+            found = packed_reader.decode(data[block], shape, tokens_R[block], chunks_R[block])
+        except ValueError:  # which row is it?
+            for row in range(block.start, block.stop):
+                try:
+                    packed_reader.decode(data[row : row + 1], shape, tokens_R[row : row + 1], chunks_R[row : row + 1])
+                except ValueError as error:
+                    raise ValueError(f"column {name}, row {row}: {error}") from error
+            raise
+        logp_MK, log_z_MT = found.levels.logp_MK, _with_one(spec, found.levels.log_z)
+        chunk_stops = np.cumsum(chunks_R[block]).tolist()
+        id_stops = (spec.k * np.cumsum(tokens_R[block])).tolist()
+        for a, b, c, d in zip([0, *chunk_stops], chunk_stops, [0, *id_stops], id_stops, strict=False):
+            rows.append(TopK(found.ids[c:d], logp_MK[a:b], log_z_MT[a:b], found.count_M[a:b]))
     return rows
 
 

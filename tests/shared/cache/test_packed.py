@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.cache import packed_reader, packed_writer
 from shared.cache.bits import VarintReader, varints
-from shared.cache.grid import quantise
-from shared.cache.packed import Fillings, decode, encode
+from shared.cache.grid import Levels, quantise
+from shared.cache.packed_layout import Fillings
+from shared.cache.packed_reader import Shape
+from shared.errors import TidecacheError
 from stage1_teacher.fillings import best_fillings
 from tests.shared.cache.packed_by_the_page import read_packed
 
@@ -25,12 +28,26 @@ def fillings(seed: int, vocabulary: int, k: int, counts, hot=(2.0,), ids: str = 
     ids_N = {"uniform": rng.integers(0, vocabulary, size), "skewed": skewed, "one": np.full(size, vocabulary - 1)}[ids]
     logp_MK = -np.cumsum(rng.exponential(scale, (len(counts), k)), axis=1).astype(np.float32)
     log_z_MH = rng.normal(size=(len(counts), len(hot))).astype(np.float32)
-    return Fillings(vocabulary, count_M, ids_N.astype(np.int32), quantise(logp_MK, log_z_MH, hot))
+    return draw(count_M, ids_N, quantise(logp_MK, log_z_MH, hot))
 
 
-def again(f: Fillings, data: bytes) -> Fillings:
-    k, hot = f.levels.level_MK.shape[1], f.levels.log_z_MH.shape[1]
-    return decode(data, f.vocabulary, k, hot, int(f.count_M.sum()), len(f.count_M))
+def draw(count_M, ids_N, levels) -> Fillings:
+    return Fillings(np.array([len(count_M)]), count_M, ids_N.astype(np.int32), levels)
+
+
+def encode(f: Fillings, vocabulary: int) -> bytes:
+    """One draw's bytes."""
+    [data] = packed_writer.encode(f, vocabulary)
+    return data
+
+
+def again(f: Fillings, data: bytes, vocabulary: int) -> Fillings:
+    shape = Shape(vocabulary, f.levels.level_MK.shape[1], f.levels.log_z_MH.shape[1], f.levels.step)
+    return packed_reader.decode([data], shape, np.array([f.count_M.sum()]), f.chunks_R)
+
+
+def decode(data: bytes, vocabulary: int, k: int, hot: int, tokens: int, chunks: int, step: int = 768) -> Fillings:
+    return packed_reader.decode([data], Shape(vocabulary, k, hot, step), np.array([tokens]), np.array([chunks]))
 
 
 def assert_same(a: Fillings, b: Fillings) -> None:
@@ -54,8 +71,8 @@ def assert_same(a: Fillings, b: Fillings) -> None:
 def test_round_trips(seed, vocabulary, k, counts, hot, ids, scale):
     """By the decoder, and by one that follows the page a number at a time."""
     f = fillings(seed, vocabulary, k, counts, hot, ids, scale)
-    data = encode(f)
-    assert_same(f, again(f, data))
+    data = encode(f, vocabulary)
+    assert_same(f, again(f, data, vocabulary))
     if data:
         found_ids, logps, log_z = read_packed(data)
         assert found_ids == f.ids.tolist()
@@ -72,9 +89,45 @@ def test_combinations_of_few_ids_take_few_bytes(seed, counts, k):
     ids_NK = np.stack([rng.choice(vocabulary, k, replace=False) for _ in range(tokens)])
     logp_NK = -np.sort(rng.exponential(2.0, (tokens, k)), axis=1)
     flat, logp_MK = best_fillings(ids_NK, logp_NK, np.array(counts))
-    f = Fillings(vocabulary, np.array(counts), flat, quantise(logp_MK, np.zeros((len(counts), 0)), ()))
-    data = encode(f)
-    assert_same(f, again(f, data))
+    f = draw(np.array(counts), flat, quantise(logp_MK, np.zeros((len(counts), 0)), ()))
+    data = encode(f, vocabulary)
+    assert_same(f, again(f, data, vocabulary))
+    distinct = sum(len({ids[at] for ids in chunk}) for chunk in chunks_of(f, k) for at in range(len(chunk[0])))
+    assert len(data) < distinct * 17.5 / 8 + k * len(counts) * 4 + k * tokens * 5 / 8 + 60
+
+
+def chunks_of(f: Fillings, k: int):
+    """For each chunk its fillings' ids."""
+    ids = iter(f.ids.tolist())
+    return [[[next(ids) for _ in range(n)] for _ in range(k)] for n in f.count_M.tolist()]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.lists(st.integers(1, 3), max_size=12), st.integers(0, 99)), min_size=1, max_size=8),
+    st.integers(1, 20),
+    st.integers(2, 5000),
+)
+def test_many_draws_at_a_time_have_the_bytes_of_each_alone(draws, k, vocabulary):
+    """Draws of any sizes, some without a masked chunk, with a dictionary and without."""
+    each = [fillings(seed, vocabulary, k, counts, ids=("uniform", "skewed", "one")[seed % 3]) for counts, seed in draws]
+    step = each[0].levels.step
+    together = Fillings(
+        np.concatenate([f.chunks_R for f in each]),
+        np.concatenate([f.count_M for f in each]),
+        np.concatenate([f.ids for f in each]),
+        Levels(
+            step,
+            *(
+                np.concatenate([getattr(f.levels, name) for f in each])
+                for name in ("scale_M", "first_M", "level_MK", "log_z_MH")
+            ),
+        ),
+    )
+    rows = packed_writer.encode(together, vocabulary)
+    assert rows == [encode(f, vocabulary) for f in each]
+    tokens_R = np.array([f.count_M.sum() for f in each])
+    assert_same(together, packed_reader.decode(rows, Shape(vocabulary, k, 1, step), tokens_R, together.chunks_R))
 
 
 def test_frequent_ids_take_few_bytes():
@@ -82,9 +135,9 @@ def test_frequent_ids_take_few_bytes():
     rng = np.random.default_rng(0)
     few = rng.integers(0, 1_000_000, 200)
     f = fillings(0, 1_000_000, 16, [1] * 300, scale=0.0)
-    f = Fillings(f.vocabulary, f.count_M, rng.choice(few, 4800).astype(np.int32), f.levels)
-    data = encode(f)
-    assert_same(f, again(f, data))
+    f = draw(f.count_M, rng.choice(few, 4800), f.levels)
+    data = encode(f, 1_000_000)
+    assert_same(f, again(f, data, 1_000_000))
     assert read_packed(data)[0] == f.ids.tolist()
     assert len(data) < 4800 * 8 / 8 + 4800 / 8 + 1500 + 500
 
@@ -96,7 +149,7 @@ def test_outliers_take_their_own_bytes_only():
     logp_MK[50, 8:] -= 100
     far = quantise(logp_MK, np.zeros((100, 0)), ())
     ids = np.arange(1600, dtype=np.int32)
-    near_bytes, far_bytes = (encode(Fillings(2000, np.ones(100, np.int64), ids, x)) for x in (levels, far))
+    near_bytes, far_bytes = (encode(draw(np.ones(100, np.int64), ids, x), 2000) for x in (levels, far))
     assert len(far_bytes) < len(near_bytes) + 40
     assert read_packed(far_bytes)[1] == far.logp_MK.reshape(-1).tolist()
 
@@ -107,7 +160,14 @@ def test_ids_outside_of_the_vocabulary_are_refused():
         ids = f.ids.copy()
         ids[3] = bad
         with pytest.raises(ValueError, match="ids"):
-            encode(Fillings(100, f.count_M, ids, f.levels))
+            encode(draw(f.count_M, ids, f.levels), 100)
+
+
+def test_a_draw_of_more_ids_than_the_codec_takes_is_refused():
+    levels = quantise(np.zeros((1, 64), np.float32), np.zeros((1, 0)), ())
+    tokens = (1 << 18) + 1
+    with pytest.raises(TidecacheError, match=f"a draw has {64 * tokens} candidate ids"):
+        encode(draw(np.array([tokens]), np.zeros(64 * tokens), levels), 100)
 
 
 @pytest.mark.parametrize(
@@ -116,13 +176,14 @@ def test_ids_outside_of_the_vocabulary_are_refused():
         ({"vocabulary": 501}, "vocabulary 500, expected 501"),
         ({"k": 5}, "k 8, expected 5"),
         ({"hot": 2}, "temperatures 1, expected 2"),
+        ({"step": 384}, "step 768, expected 384"),
         ({"tokens": 6}, "tokens 7, expected 6"),
         ({"chunks": 3}, "chunks 4, expected 3"),
     ],
 )
 def test_bytes_of_another_draw_are_refused(changes, message):
     expected = {"vocabulary": 500, "k": 8, "hot": 1, "tokens": 7, "chunks": 4}
-    data = encode(fillings(0, 500, 8, [1, 3, 1, 2]))
+    data = encode(fillings(0, 500, 8, [1, 3, 1, 2]), 500)
     assert decode(data, **expected).count_M.tolist() == [1, 3, 1, 2]
     with pytest.raises(ValueError, match=message):
         decode(data, **{**expected, **changes})
@@ -130,8 +191,8 @@ def test_bytes_of_another_draw_are_refused(changes, message):
 
 def test_a_draw_without_chunks_has_no_bytes_and_no_other_has_none():
     f = fillings(0, 500, 8, [])
-    assert encode(f) == b""
-    assert_same(f, again(f, b""))
+    assert encode(f, 500) == b""
+    assert_same(f, again(f, b"", 500))
     for data, chunks in ((b"", 1), (b"\x00", 0)):
         with pytest.raises(ValueError, match="head"):
             decode(data, 500, 8, 1, chunks, chunks)
@@ -142,13 +203,13 @@ def test_a_draw_without_chunks_has_no_bytes_and_no_other_has_none():
 def test_damage_is_an_error_or_gives_values_in_their_bounds(seed, ids, data):
     """Any byte changed, or cut off, or added: never a crash, another error, or an id that there is not."""
     f = fillings(seed, 300, 4, [1, 3, 1, 1, 2], ids=ids)
-    raw = bytearray(encode(f))
+    raw = bytearray(encode(f, 300))
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     if data.draw(st.booleans()):
         raw = raw[: data.draw(st.integers(0, len(raw)))] + bytes(data.draw(st.integers(0, 2)))
     try:
-        found = again(f, bytes(raw))
+        found = again(f, bytes(raw), 300)
     except ValueError:
         return
     assert len(found.ids) == len(f.ids)
@@ -161,10 +222,10 @@ def test_damage_is_an_error_or_gives_values_in_their_bounds(seed, ids, data):
 
 def test_a_cut_anywhere_is_an_error():
     f = fillings(0, 300, 4, [1, 3, 1, 1, 2])
-    raw = encode(f)
+    raw = encode(f, 300)
     for stop in range(len(raw)):
         with pytest.raises(ValueError, match=r".+"):
-            again(f, raw[:stop])
+            again(f, raw[:stop], 300)
 
 
 @settings(deadline=None)
@@ -191,5 +252,5 @@ def test_more_ids_than_a_draw_may_have_are_refused():
 
 
 def test_the_head_is_as_documented():
-    head = VarintReader(encode(fillings(0, 157184, 16, [1, 2])))
+    head = VarintReader(encode(fillings(0, 157184, 16, [1, 2]), 157184))
     assert [head.next() for _ in range(7)] == [1, 157184, 16, 1, 768, 3, 2]
