@@ -38,6 +38,7 @@ class Additions:
     k: int | None = None
     temperatures: tuple[float, ...] = ()
     tail_samples: int | None = None
+    codec: str | None = None  # with the topk lane
 
     def to(self, base: CaptureSpec) -> CaptureSpec:
         """The spec with these additions, in the order in which a capture at once would have them.
@@ -52,10 +53,13 @@ class Additions:
             k=self.k or base.k,
             temperatures=(*base.temperatures, *(t for t in self.temperatures if t not in base.temperatures)),
             tail_samples=base.tail_samples if self.tail_samples is None else self.tail_samples,
+            codec=self.codec or base.codec,
         )
-        if "topk" not in wider.lanes and (self.k, self.temperatures, self.tail_samples) != (None, (), None):
+        of_topk = (self.k, self.temperatures, self.tail_samples, self.codec)
+        if "topk" not in wider.lanes and of_topk != (None, (), None, None):
             raise TidecacheError(
-                "--k, --temperatures and --tail-samples concern the topk lane, and the cache has none: add --lanes topk"
+                "--k, --temperatures, --tail-samples and --codec concern the topk lane, and the cache has none: add --lanes "
+                "topk"
             )
         return wider
 

@@ -48,6 +48,9 @@ def extend(
     tail_samples: Annotated[
         int | None, typer.Option(min=1, help="More tail samples per chunk of one token than it has.")
     ] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="With --lanes topk: raw, or packed (smaller). Default: raw.")
+    ] = None,
     draws: Annotated[int | None, typer.Option(min=1, help="More draws per document than it has.")] = None,
     corpus: Annotated[
         str | None, typer.Option(help="For more documents: the corpus that it came from, or one that begins with it.")
@@ -96,6 +99,7 @@ def extend(
         k=k,
         temperatures=numbers(temperatures) if temperatures else (),
         tail_samples=tail_samples,
+        codec=codec,
     ).to(has.spec)
     folders = slices(cache)
     widens = [f for f in folders if Widening.begin(f, spec) is not None]
@@ -234,8 +238,9 @@ def _show_plan(
     if widens and has == spec:
         rows.append(("goes on", "with what an earlier run has begun"))
     if grows:
-        documents = f"at most {draft.extent.limit:,} documents" if draft.extent.limit else "all documents"
-        rows.append(("extent", f"{draft.extent.draws} draws per document, {documents} of {draft.extent.corpus}"))
+        source = "the documents that it has" if Path(draft.extent.corpus) == cache else draft.extent.corpus
+        limit = f", at most {draft.extent.limit:,} documents" if draft.extent.limit else ""
+        rows.append(("extent", f"{draft.extent.draws} draws per document of {source}{limit}"))
     rows.append(("spec", spec.fingerprint))
     show_rows(console, f"extend {cache}", rows)
 

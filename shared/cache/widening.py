@@ -57,7 +57,15 @@ DEPENDS = {
     "tail_ids": ("k", "tail_samples"),
     "tail_logp": ("k", "tail_samples"),
 }
-COLUMN_OF = {"gold_logp_N": "gold_logp", "topk_logp_MK": "topk_logp", "log_z_MT": "log_z"}  # where the names differ
+PACKED = {"topk_ids", "topk_logp_MK", "log_z_MT"}  # what any codec but `raw` has in one column of its own
+SCORES_OF_COLUMN = {
+    "gold_logp": "gold_logp_N",
+    "topk_ids": "topk_ids",
+    "topk_logp": "topk_logp_MK",
+    "log_z": "log_z_MT",
+    "tail_ids": "tail_ids",
+    "tail_logp": "tail_logp",
+}
 
 
 def refuse_other_changes(base: CaptureSpec, wider: CaptureSpec, where: str) -> None:
@@ -95,20 +103,21 @@ class Step:
             return {"gold_logp_N", *DEPENDS}
         if "topk" not in self.wider.lanes:
             return set()
+        if "topk" not in self.base.lanes:
+            return {*DEPENDS}
         changed = {f for f in ("k", "temperatures", "tail_samples") if getattr(self.base, f) != getattr(self.wider, f)}
-        if "topk" not in self.base.lanes or (changed and self.wider.codec != "raw"):
-            return set(DEPENDS)  # a codec may put all of the lane into one column
-        return {name for name, fields in DEPENDS.items() if changed & {*fields}}
+        fresh = {name for name, fields in DEPENDS.items() if changed & {*fields}}
+        return fresh | PACKED if fresh & PACKED and self.wider.codec != "raw" else fresh
 
     @property
     def columns(self) -> list[str]:
         """The columns of the further file, keys apart."""
-        found = []
-        for context in self.wider.contexts:
-            if fresh := self._fresh_fields(context):
-                kept = {f"{context}_{COLUMN_OF.get(name, name)}" for name in {"gold_logp_N", *DEPENDS} - fresh}
-                found += [c for c in format.context_columns(self.wider, context) if c not in kept]
-        return found
+        return [
+            column
+            for context in self.wider.contexts
+            for column in format.context_columns(self.wider, context)
+            if {SCORES_OF_COLUMN.get(column.removeprefix(f"{context}_"), "topk_ids")} & self._fresh_fields(context)
+        ]
 
     def merged(
         self, stored: Mapping[str, ContextScores], fresh: Mapping[str, ContextScores]

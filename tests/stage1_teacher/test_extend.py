@@ -30,6 +30,7 @@ from tests.stage1_teacher.test_commands import COMMAND, ENVIRONMENT, _defaults, 
 
 DOCUMENTS = 14
 GOLD = {"lanes": "gold", "draws": 2}
+SLOW = pytest.mark.slow
 EVERYTHING = {"context": "both", "draws": 3, "k": 5, "temperatures": "1,2,4"}
 
 
@@ -123,6 +124,7 @@ def test_everything_at_once_and_everything_later(captured, extended, teacher: Pa
     assert extended(folder, **EVERYTHING) == {}  # nothing left to do: no teacher, no summary
 
 
+@pytest.mark.slow
 def test_one_after_the_other(captured, extended) -> None:
     folder = captured("grown", **GOLD)
     for addition in ({"context": "plain"}, {"lanes": "topk"}, {"k": 20}, {"temperatures": "4"}, {"draws": 3}):
@@ -135,11 +137,11 @@ def test_one_after_the_other(captured, extended) -> None:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ({"lanes": "gold"}, {"lanes": "gold,topk"}),
+        ({"lanes": "gold"}, {"lanes": "gold,topk", "codec": "packed"}),
         ({"k": 3}, {"k": 40}),
-        ({"context": "both", "lanes": "gold"}, {"context": "both", "lanes": "gold,topk", "temperatures": "1,2,0.5"}),
-        ({}, {"temperatures": "1,2,0.5"}),
-        ({}, {"tail_samples": 3}),
+        pytest.param({"context": "both", "lanes": "gold"}, {"context": "both", "temperatures": "1,2,4"}, marks=SLOW),
+        pytest.param({}, {"temperatures": "1,2,0.5"}, marks=SLOW),
+        pytest.param({}, {"tail_samples": 3}, marks=SLOW),
         ({"tail_samples": 3}, {"tail_samples": 3, "k": 20}),
     ],
     ids=str,
@@ -338,3 +340,31 @@ def test_help_names_the_options() -> None:
     text = CliRunner().invoke(app, ["extend", "--help"]).output
     for option in ("--context", "--lanes", "--k", "--temperatures", "--draws", "--corpus"):
         assert option in text
+
+
+def test_what_training_advises_is_a_command(tmp_path: Path) -> None:
+    """The errors of `student train` that name `tidecache teacher extend` name options that it has."""
+    import re
+
+    import typer
+
+    from stage2_student.config import TrainConfig, require
+
+    spec = make_spec()
+    parse = typer.main.get_command(app).commands["extend"].make_context  # type: ignore[attr-defined]
+    for config, has in (
+        (TrainConfig(context="plain"), spec),
+        (TrainConfig(objective="kl"), dataclasses.replace(spec, lanes=("gold",))),
+        (TrainConfig(objective="kl", temperature=3.0), spec),
+    ):
+        with pytest.raises(TidecacheError) as refused:
+            require(config, has, str(tmp_path))
+        [command] = re.findall(r"`tidecache teacher (extend [^`]*)`", str(refused.value))
+        given = parse("extend", command.split()[1:]).params
+        assert given["cache"] == tmp_path
+        wider = Additions(
+            contexts=(given["context"],) if given["context"] else (),
+            lanes=(given["lanes"],) if given["lanes"] else (),
+            temperatures=tuple(map(float, (given["temperatures"] or "").split(","))) if given["temperatures"] else (),
+        ).to(has)
+        require(config, wider, "here")

@@ -111,9 +111,10 @@ def document_bytes(row: dict) -> bytes:
 def row_number(document: bytes, row: dict, contexts: list[str]) -> int:
     parts = [document, int32([row["draw"]]), float32([row["timestep"]]), bytes(row["masked"]), bytes(row["split"])]
     for context in sorted(contexts):
-        for name in ("gold_logp", "topk_ids", "topk_logp", "log_z"):
+        for name in ("gold_logp", "topk_ids", "topk_logp", "log_z", "tail_ids", "tail_logp"):
             column = f"{context}_{name}"
-            parts += [column.encode(), (int32 if name == "topk_ids" else float32)(row[column])]
+            if column in row:
+                parts += [column.encode(), (int32 if name.endswith("_ids") else float32)(row[column])]
     return int.from_bytes(frames(*parts), "little")
 
 

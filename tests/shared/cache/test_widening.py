@@ -28,6 +28,7 @@ from tests.shared.cache.test_writer import snapshot, words_of
 from tests.shared.cache.widened import widen
 
 GOLD = {"lanes": ("gold",)}
+PACKED = {"codec": "packed"}
 BOTH = {"contexts": ("compdemo", "plain")}
 STEPS = [
     ({}, BOTH),
@@ -40,6 +41,11 @@ STEPS = [
     ({"tail_samples": 1}, {"tail_samples": 3, "k": 5}),
     ({"contexts": ("plain",)}, BOTH),
     (GOLD | BOTH, BOTH),
+    (GOLD, {"codec": "packed"}),
+    (PACKED, PACKED | BOTH),
+    (PACKED, PACKED | {"k": 9}),
+    (PACKED, PACKED | {"temperatures": (1.0, 2.0, 0.5)}),
+    (PACKED, PACKED | {"tail_samples": 2}),
     (GOLD | {"contexts": ("plain",)}, BOTH | {"k": 6, "tail_samples": 2, "temperatures": (1.0, 2.0, 4.0)}),
 ]
 
@@ -85,9 +91,11 @@ def test_what_is_not_new_is_not_stored_again(tmp_path: Path) -> None:
         (BOTH, {"plain_gold_logp", "plain_topk_ids", "plain_topk_logp", "plain_log_z"}),
         ({"temperatures": (1.0, 2.0, 3.0)}, {"compdemo_log_z"}),
         ({"k": 5}, {"compdemo_topk_ids", "compdemo_topk_logp"}),
+        (PACKED | {"tail_samples": 1}, {"compdemo_tail_ids", "compdemo_tail_logp"}),
+        (PACKED | {"temperatures": (1.0, 2.0, 3.0)}, {"compdemo_topk_packed"}),
     ):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        synthetic.build(folder, documents=4)
+        synthetic.build(folder, documents=4, codec=after.get("codec", "raw"))
         widen(folder, synthetic.spec(**after))
         [receipt] = read_manifest(folder).shards
         first, second = receipt.likelihoods
@@ -188,6 +196,9 @@ def _plain(value: object) -> object:
         (BOTH, {"contexts": ("plain",)}, "contexts"),
         ({}, GOLD, "lanes"),
         ({}, {"k": 3}, "k"),
+        ({}, PACKED, "codec"),
+        (PACKED, {}, "codec"),
+        (GOLD, GOLD | PACKED, "codec"),
         (GOLD, GOLD | {"k": 9}, "k"),
         (GOLD, GOLD | {"temperatures": (1.0, 2.0, 3.0)}, "temperatures"),
         ({}, {"temperatures": (1.0, 3.0)}, "temperatures"),
@@ -259,6 +270,20 @@ def test_a_switch_that_was_killed_is_finished_by_whoever_comes_next(tmp_path: Pa
     assert all("run the extension again" in problem for problem in problems)
     CacheWriter.open(folder, synthetic.spec(k=6), synthetic.vocabulary())
     assert snapshot(folder) == whole
+
+
+def test_the_advice_for_a_damaged_further_file_works(tmp_path: Path) -> None:
+    """Remove the receipt, capture again: the shard is done anew under the wider spec, in one file."""
+    folder = tmp_path / "cache"
+    synthetic.build(folder)
+    widen(folder, synthetic.spec(k=6))
+    path = next((folder / "shards").glob("00000004*widened*"))
+    path.write_bytes(path.read_bytes()[:-9])
+    [problem] = verify(folder).problems
+    Path(problem.split("remove ")[1].split(" and run")[0]).unlink()
+    synthetic.build(folder, k=6)
+    synthetic.build(tmp_path / "once", k=6)
+    assert_same_cache(folder, tmp_path / "once")
 
 
 def test_a_lost_manifest_is_derived_again(tmp_path: Path) -> None:
