@@ -55,10 +55,13 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Slice:
-    """The training documents of a corpus, or the held-out ones: bytes of all text and of trainable text."""
+    """The training documents of a corpus, or the held-out ones: bytes of all text, of trainable text, and of the text
+    before the first that is trainable.
+    """
 
     total_D: IntArray
     trainable_D: IntArray
+    leading_D: IntArray
 
     def shards(self, extent: Extent) -> list[tuple[int, int]]:
         """Positions [first, stop) of the shards of the extent's part."""
@@ -68,8 +71,9 @@ class Slice:
 
     def reach(self, first: int, stop: int, cap: float) -> float:
         """Trainable bytes at these positions that a limit of `cap` bytes of text leaves, in expectation."""
-        total = np.maximum(self.total_D[first:stop], 1)
-        return float((self.trainable_D[first:stop] * np.minimum(1.0, cap / total)).sum())
+        leading = self.leading_D[first:stop]
+        after = np.maximum(self.total_D[first:stop] - leading, 1)
+        return float((self.trainable_D[first:stop] * np.clip((cap - leading) / after, 0.0, 1.0)).sum())
 
 
 @dataclass(frozen=True)
@@ -87,18 +91,24 @@ def scan(extent: Extent, spec: CaptureSpec) -> Scan:
         TidecacheError: the corpus is broken, or nothing of it is for training.
     """
     most = None if extent.is_here or extent.limit is not None else REMOTE_SCAN
-    sizes: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+    sizes: dict[bool, list[tuple[int, int, int]]] = {False: [], True: []}
     documents = _split(extent, spec)
     for held_out, raw in itertools.islice(documents, most):
-        lengths = [(len(m.content.encode(errors="surrogatepass")), m.trainable) for m in raw.messages]
-        sizes[held_out].append((sum(n for n, _ in lengths), sum(n for n, trainable in lengths if trainable)))
+        sizes[held_out].append(_lengths(raw))
     if not sizes[False]:
         raise TidecacheError(
             f"the corpus {extent.corpus} has no documents to train on: give a larger corpus or limit, or --held-out none"
         )
-    arrays = {held_out: np.array(rows, dtype=np.int64).reshape(-1, 2) for held_out, rows in sizes.items()}
-    slices = {held_out: Slice(a[:, 0], a[:, 1]) for held_out, a in arrays.items() if len(a)}
+    arrays = {held_out: np.array(rows, dtype=np.int64).reshape(-1, 3) for held_out, rows in sizes.items()}
+    slices = {held_out: Slice(*a.T) for held_out, a in arrays.items() if len(a)}
     return Scan(slices, complete=most is None or next(documents, None) is None)
+
+
+def _lengths(raw: RawDocument) -> tuple[int, int, int]:
+    """As in `Slice`."""
+    lengths = [(len(m.content.encode(errors="surrogatepass")), m.trainable) for m in raw.messages]
+    leading = itertools.takewhile(lambda item: not item[1], lengths)
+    return sum(n for n, _ in lengths), sum(n for n, trainable in lengths if trainable), sum(n for n, _ in leading)
 
 
 def _split(extent: Extent, spec: CaptureSpec) -> Iterator[tuple[bool, RawDocument]]:

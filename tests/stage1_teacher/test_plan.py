@@ -155,12 +155,14 @@ def test_a_corpus_that_would_be_downloaded_is_read_in_part(tmp_path, monkeypatch
 
 
 def test_shards_and_reach_of_a_slice():
-    part = Slice(np.array([10, 40, 0, 20, 20]), np.array([10, 20, 0, 20, 5]))
+    part = Slice(np.array([10, 40, 0, 20, 20]), np.array([10, 20, 0, 20, 5]), np.array([0, 0, 0, 0, 15]))
     extent = Draft.of(CaptureOptions(documents_per_shard=2)).extent
     assert part.shards(extent) == [(0, 2), (2, 4), (4, 5)]
     assert part.shards(replace(extent, part=ShardPart(2, 2))) == [(2, 4)]
     assert part.reach(0, 5, 1000.0) == 55
     assert part.reach(0, 5, 20.0) == pytest.approx(10 + 10 + 0 + 20 + 5)
+    assert part.reach(0, 5, 16.0) == pytest.approx(10 + 8 + 0 + 16 + 1)
+    assert part.reach(4, 5, 10.0) == 0
 
 
 def test_the_command_says_it_and_writes_no_cache(teacher, tmp_path, monkeypatch):
