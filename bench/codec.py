@@ -272,12 +272,12 @@ def speed(cut: Sample, repeat: int) -> dict[str, float]:
     exact = [codec.TopK.of(r.contexts[context]) for r in cut.records]
     counts = [documents[r.position].token_count_C[r.masked_C] for r in cut.records]
     chunks, tokens = [len(n) for n in counts], [int(n.sum()) for n in counts]
-    stored = [codec.stored(spec, t) for t in exact]
+    stored = codec.stored(spec, exact)
     columns = pa.table(codec.to_columns(spec, context, stored, counts))
     data = cut.encode()
 
     def encode() -> None:
-        codec.to_columns(spec, context, [codec.stored(spec, t) for t in exact], counts)
+        codec.to_columns(spec, context, codec.stored(spec, exact), counts)
 
     def read() -> None:
         table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)

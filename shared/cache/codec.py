@@ -81,17 +81,17 @@ def columns_of(spec: CaptureSpec, context: str) -> dict[str, pa.DataType]:
     }
 
 
-def stored(spec: CaptureSpec, topk: TopK) -> TopK:
+def stored(spec: CaptureSpec, rows: Sequence[TopK]) -> list[TopK]:
     """What a reader gets back, to the bit; what is stored already stays what it is, also its first fillings alone.
 
     Raises:
         TidecacheError: a log Z beyond what the codec holds.
     """
-    ids = np.ascontiguousarray(topk.ids, dtype=np.int32)
     if spec.codec == "packed":
-        levels = _levels(spec, topk)
-        return TopK(ids, levels.logp_MK, _with_one(spec, levels.log_z))
-    return TopK(ids, round_significant(topk.logp_MK, LOGP_BITS), round_significant(topk.log_z_MT, LOG_Z_BITS))
+        return [row for block in _blocks([len(r.ids) for r in rows]) for row in _on_grid(spec, rows[block])]
+    return [
+        TopK(_ids(r), round_significant(r.logp_MK, LOGP_BITS), round_significant(r.log_z_MT, LOG_Z_BITS)) for r in rows
+    ]
 
 
 def to_columns(
@@ -139,8 +139,13 @@ def of_columns(
     ]
 
 
-def _levels(spec: CaptureSpec, topk: TopK) -> grid.Levels:
-    return grid.quantise(topk.logp_MK, topk.log_z_MT[:, hot(spec)], [t for t in spec.temperatures if t != 1.0])
+def _ids(topk: TopK) -> IdArray:
+    return np.ascontiguousarray(topk.ids, dtype=np.int32)
+
+
+def _levels(spec: CaptureSpec, rows: Sequence[TopK]) -> grid.Levels:
+    log_z_MH = np.concatenate([r.log_z_MT[:, hot(spec)] for r in rows])
+    return grid.quantise(np.concatenate([r.logp_MK for r in rows]), log_z_MH, [spec.temperatures[i] for i in hot(spec)])
 
 
 def _blocks(ids: Sequence[int]) -> Iterator[slice]:
@@ -157,14 +162,17 @@ def _blocks(ids: Sequence[int]) -> Iterator[slice]:
         yield slice(first, len(ids))
 
 
+def _on_grid(spec: CaptureSpec, rows: Sequence[TopK]) -> list[TopK]:
+    levels = _levels(spec, rows)
+    logp_MK, log_z_MT = levels.logp_MK, _with_one(spec, levels.log_z)
+    stops = np.cumsum([len(r.logp_MK) for r in rows]).tolist()
+    return [TopK(_ids(r), logp_MK[a:b], log_z_MT[a:b]) for r, a, b in zip(rows, [0, *stops[:-1]], stops, strict=True)]
+
+
 def _packed(spec: CaptureSpec, rows: Sequence[TopK], counts: Sequence[IntArray]) -> list[bytes]:
-    together = TopK(
-        np.concatenate([r.ids for r in rows]),
-        np.concatenate([r.logp_MK for r in rows]),
-        np.concatenate([r.log_z_MT for r in rows]),
-    )
     chunks_R = np.array([len(count_M) for count_M in counts], dtype=np.int64)
-    fillings = Fillings(chunks_R, np.concatenate(counts), together.ids, _levels(spec, together))
+    ids = np.concatenate([r.ids for r in rows])
+    fillings = Fillings(chunks_R, np.concatenate(counts), ids, _levels(spec, rows))
     return packed_writer.encode(fillings, spec.teacher.vocabulary)
 
 

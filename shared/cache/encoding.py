@@ -107,7 +107,8 @@ def _likelihoods_file(
     statistics: Mapping[str, ContextStatistics] | None,
 ) -> tuple[tuple[FileRecord, bytes], str]:
     """((record, bytes), the sum of the rows' digests)."""
-    scores = [{x: format.stored_scores(spec, r.contexts[x]) for x in spec.contexts} for _, r in rows]
+    by_context = {x: format.all_stored_scores(spec, [r.contexts[x] for _, r in rows]) for x in spec.contexts}
+    scores = [{x: by_context[x][i] for x in spec.contexts} for i in range(len(rows))]
     statistics = statistics or shard_statistics(spec, rows, scores)
     rounded = [
         (d, DrawRecord(r.position, r.draw, r.timestep, r.masked_C, r.split_M, s))

@@ -76,18 +76,31 @@ def likelihoods_schema(spec: CaptureSpec) -> pa.Schema:
 
 
 def stored_scores(spec: CaptureSpec, scores: ContextScores) -> ContextScores:
-    """The scores as a file of a cache with this spec will hold them: what a reader gets back, to the bit."""
+    """The scores as a file of a cache with this spec will hold them: what a reader gets back, to the bit. What is stored
+    already stays what it is.
+
+    Raises:
+        TidecacheError: values that the spec's codec cannot hold.
+    """
+    return all_stored_scores(spec, [scores])[0]
+
+
+def all_stored_scores(spec: CaptureSpec, scores: Sequence[ContextScores]) -> list[ContextScores]:
+    """`stored_scores` of many draws, which is faster together."""
+    gold = [round_significant(s.gold_logp_N, LOGP_BITS) for s in scores]
     if "topk" not in spec.lanes:
-        return ContextScores(round_significant(scores.gold_logp_N, LOGP_BITS))
-    topk = codec.stored(spec, TopK.of(scores))
-    return ContextScores(
-        gold_logp_N=round_significant(scores.gold_logp_N, LOGP_BITS),
-        log_z_MT=topk.log_z_MT,
-        topk_ids=topk.ids,
-        topk_logp_MK=topk.logp_MK,
-        tail_ids=None if scores.tail_ids is None else np.ascontiguousarray(scores.tail_ids, dtype=np.int32),
-        tail_logp=None if scores.tail_logp is None else round_significant(scores.tail_logp, LOGP_BITS),
-    )
+        return [ContextScores(gold_logp_N) for gold_logp_N in gold]
+    return [
+        ContextScores(
+            gold_logp_N=gold_logp_N,
+            log_z_MT=topk.log_z_MT,
+            topk_ids=topk.ids,
+            topk_logp_MK=topk.logp_MK,
+            tail_ids=None if s.tail_ids is None else np.ascontiguousarray(s.tail_ids, dtype=np.int32),
+            tail_logp=None if s.tail_logp is None else round_significant(s.tail_logp, LOGP_BITS),
+        )
+        for s, gold_logp_N, topk in zip(scores, gold, codec.stored(spec, [TopK.of(s) for s in scores]), strict=True)
+    ]
 
 
 # --- to tables ---------------------------------------------------------------------------------------------------

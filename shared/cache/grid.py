@@ -76,37 +76,53 @@ def quantise(logp_MK: npt.NDArray[np.floating], log_z_MH: npt.NDArray[np.floatin
     """
     exact_MK: Array = logp_MK.astype(np.float64)
     exact_MH: Array = log_z_MH.astype(np.float64)
-    if (np.diff(exact_MK, axis=1) > 0).any():
+    if (exact_MK[:, 1:] > exact_MK[:, :-1]).any():
         raise ValueError("expected the fillings best first")
     step = step_of((1.0, *hot_H))
-    levels, known_M = _on_grid(exact_MK, exact_MH, step)
-    new = np.flatnonzero(~known_M)
-    if not len(new):
-        return levels
-    nearest = _nearest(exact_MK[new], exact_MH[new], np.array((1.0, *hot_H)), step)
-    for name in ("scale_M", "first_M", "level_MK", "log_z_MH"):
-        getattr(levels, name)[new] = getattr(nearest, name)
+    chunks, k = exact_MK.shape
+    levels = Levels(
+        step,
+        *(np.empty(shape, np.int64) for shape in ((chunks,), (chunks,), (chunks, k), exact_MH.shape)),
+    )
+    whole = np.flatnonzero(_is_whole(exact_MK[:, : min(k, 2)] / -UNIT).all(1))  # others need no closer look
+    known = whole[_on_grid(exact_MK[whole], exact_MH[whole], levels, whole)]
+    new_M = np.ones(chunks, dtype=np.bool_)
+    new_M[known] = False
+    new = np.flatnonzero(new_M)
+    if len(new):
+        nearest = _nearest(exact_MK[new], exact_MH[new], np.array((1.0, *hot_H)), step)
+        for name in ("scale_M", "first_M", "level_MK", "log_z_MH"):
+            getattr(levels, name)[new] = getattr(nearest, name)
     return levels
 
 
-def _on_grid(logp_MK: Array, log_z_MH: Array, step: int) -> tuple[Levels, npt.NDArray[np.bool_]]:
-    """(levels, known_M): the levels of those chunks whose values all lie on a grid; the others' mean nothing."""
-    units_MK, log_z_MH = logp_MK / -UNIT, log_z_MH / UNIT
-    whole_M = (
-        (units_MK[:, 0] >= 0)
+def _is_whole(values: Array) -> npt.NDArray[np.bool_]:
+    return np.asarray(np.rint(values) == values)
+
+
+def _on_grid(logp_MK: Array, log_z_MH: Array, levels: Levels, at: IntArray) -> npt.NDArray[np.bool_]:
+    """Which of these chunks' values all lie on a grid; the levels of those at their places `at`."""
+    units_MK, units_MH = logp_MK / -UNIT, log_z_MH / UNIT
+    gap_MK = units_MK - units_MK[:, :1]
+    level_MK = np.rint(gap_MK * (1.0 / levels.step))
+    on_grid_M = (
+        _is_whole(units_MK[:, 0])
+        & (units_MK[:, 0] >= 0)
         & (units_MK[:, 0] < MAX_FIRST)
-        & (units_MK[:, -1] - units_MK[:, 0] <= MAX_FIRST)
-        & (np.abs(log_z_MH) < MAX_VALUE).all(1)
+        & (gap_MK[:, -1] <= MAX_FIRST)
+        & (level_MK * levels.step == gap_MK).all(1)
+        & (_is_whole(units_MH) & (np.abs(units_MH) < MAX_VALUE)).all(1)
     )
-    with np.errstate(invalid="ignore"):
-        whole_MK = np.where(whole_M[:, None], units_MK, 0.0).astype(np.int64)
-        whole_MH = np.where(whole_M[:, None], log_z_MH, 0.0).astype(np.int64)
-    gap_MK = whole_MK - whole_MK[:, :1]
-    level_MK, rest_MK = np.divmod(gap_MK, step)
-    whole_M &= (whole_MK == units_MK).all(1) & (whole_MH == log_z_MH).all(1) & (rest_MK == 0).all(1)
-    divisor_M = np.gcd.reduce(level_MK, axis=1)
-    scale_M = np.select([divisor_M % s == 0 for s in SCALES[::-1]], SCALES[::-1])
-    return Levels(step, scale_M, whole_MK[:, 0].copy(), level_MK // scale_M[:, None], whole_MH), whole_M
+    found, at = np.flatnonzero(on_grid_M), at[on_grid_M]
+    whole_MK = level_MK[found].astype(np.int64)
+    bits_M = np.bitwise_or.reduce(whole_MK, axis=1)
+    thirds_M = (whole_MK.astype(np.int32) % 3 == 0).all(1)
+    scale_M = np.select([bits_M & 3 == 0, thirds_M, bits_M & 1 == 0], [4, 3, 2], 1)
+    levels.scale_M[at] = scale_M
+    levels.first_M[at] = units_MK[found, 0].astype(np.int64)
+    levels.level_MK[at] = np.rint(whole_MK * (1.0 / scale_M)[:, None]).astype(np.int64)
+    levels.log_z_MH[at] = units_MH[found].astype(np.int64)
+    return np.asarray(on_grid_M)
 
 
 def _nearest(logp_MK: Array, log_z_MH: Array, temperature_T: Array, step: int) -> Levels:
@@ -123,18 +139,16 @@ def _nearest(logp_MK: Array, log_z_MH: Array, temperature_T: Array, step: int) -
         log_mass_M = best_M / t + np.log(total_M) - log_z_M
         log_mass.append(np.where((log_mass_M > 0) & (log_mass_M <= SLACK), 0.0, log_mass_M))
     scale_M = np.ones(len(best_M), dtype=np.int64)
-    level_MK = np.rint(gap_MK / (step * UNIT))
+    coarse_MK, shares = gap_MK.astype(np.float32), [share_MK.astype(np.float32) for share_MK in shares]
     for scale in SCALES[1:]:
-        width = step * scale * UNIT
-        coarser_MK = np.rint(gap_MK / width)
-        error_MK = coarser_MK * width - gap_MK
+        width = np.float32(step * scale * UNIT)
+        error_MK = np.rint(coarse_MK * (1 / width)) * width - coarse_MK
         fits_M = np.ones(len(best_M), dtype=np.bool_)
         for t, share_MK in zip(temperature_T, shares, strict=True):
-            weighted_MK = share_MK * error_MK
-            variance_M = np.einsum("mk,mk->m", weighted_MK, error_MK) - weighted_MK.sum(1) ** 2
-            fits_M &= variance_M <= 2 * WITHIN * t * t
+            mean_M = np.einsum("mk,mk->m", share_MK, error_MK)
+            fits_M &= np.einsum("mk,mk,mk->m", share_MK, error_MK, error_MK) - mean_M**2 <= 2 * WITHIN * t * t
         scale_M[fits_M] = scale
-        level_MK[fits_M] = coarser_MK[fits_M]
+    level_MK = np.rint(gap_MK / (step * scale_M * UNIT)[:, None])
     gap_MK = level_MK * (step * scale_M * UNIT)[:, None]
     first_M = np.zeros(len(best_M), dtype=np.int64)
     log_z: list[IntArray] = []
