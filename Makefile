@@ -22,7 +22,7 @@ OUT ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo cache train test lint format test-slow test-vllm vllm-env tiny clean
+.PHONY: help install demo cache train test lint format test-slow test-vllm vllm-env tiny evidence evidence-quick clean
 
 help:
 	@sed -n '3,6s/^# *//p' Makefile
@@ -81,6 +81,15 @@ tiny: $(INSTALLED)
 	$(BIN)/python bench/tiny.py tokenizers $(or $(OUT),runs/tiny)
 	$(BIN)/python bench/tiny.py train teacher $(or $(OUT),runs/tiny)
 	$(BIN)/python bench/tiny.py train student $(or $(OUT),runs/tiny)
+
+# What offline distillation costs and gains: docs/evidence.md. Hours; a stopped run goes on.
+evidence: $(INSTALLED)
+	$(BIN)/python bench/exact.py --out bench/results/exact.jsonl
+	$(BIN)/python bench/evidence.py $(ARGS)
+
+evidence-quick: $(INSTALLED)
+	$(BIN)/python bench/exact.py --quick --out runs/exact-quick.jsonl
+	$(BIN)/python bench/evidence.py --scale quick --results runs/evidence-quick.jsonl $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

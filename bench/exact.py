@@ -15,7 +15,6 @@ of a chunk, U student token ids, E events (candidates), X masked chunks of all r
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -23,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from evidence_results import Results, spread
 from exact_cells import SETTINGS, Cell, Setting, grid
 from exact_corpus import Corpus, Run, make_corpus
 from rich.console import Console
@@ -32,6 +32,8 @@ from torch import Tensor
 from stage2_student import objectives, tidal
 
 BINS = 5  # of timesteps, in reports
+QUICK = Run(seeds=4, documents=64, held_out=64, epochs=8)
+QUICK_QUESTIONS = ("draws and fresh rows", "objectives")
 
 
 class Students:
@@ -142,14 +144,16 @@ def step_loss(
     timestep_X = timestep_GB[seed_X, row_X]
     strength_X = tidal.strength(progress, timestep_X, cell.axis) if cell.tidal == "interpolate" else None
     logp_X = logp_GBL.unflatten(2, (-1, tokens)).sum(3)[seed_X, row_X, chunk_X]
-    if cell.objective in ("calm", "reverse-calm"):
-        reverse = cell.objective == "reverse-calm"
+    if cell.objective in ("calm", "reverse-calm", "bernoulli-reverse-kl"):
+        reverse = cell.objective != "calm"
         if strength_X is not None:
             loss_X = objectives.tidal_calm_loss(logp_X, gold_X, strength_X, cell.temperature, reverse)
         else:
             loss_X = (objectives.reverse_calm_loss if reverse else objectives.calm_loss)(
                 logp_X, gold_X, cell.temperature
             )
+        if cell.objective == "bernoulli-reverse-kl":
+            loss_X = loss_X - _bernoulli_entropy(logp_X, cell.temperature)
     else:
         candidate_XEn = torch.cat(
             [s.candidate_KDCEn[p][:, : cell.k] for s, p in zip(scores, place, strict=True)]
@@ -163,6 +167,12 @@ def step_loss(
         loss_X = loss_X * tidal.sample_weight(progress, timestep_X, cell.axis, "uniform")
     count_G = torch.bincount(seed_X, minlength=len(rows)).clamp_min(1)
     return loss + cell.weight * (loss_X / count_G[seed_X]).sum()
+
+
+def _bernoulli_entropy(logp_X: Tensor, temperature: float) -> Tensor:
+    """What Reverse CALM leaves out of the reverse KL of "the gold or something else": the student's entropy."""
+    p_X = torch.exp(logp_X / temperature).clamp(objectives.CLAMP, 1 - objectives.CLAMP)
+    return -(p_X * p_X.log() + (1 - p_X) * torch.log1p(-p_X))
 
 
 def _by_seed(seed_X: Tensor, row_X: Tensor, chunk_X: Tensor, seeds: int) -> list[tuple[Tensor, Tensor]]:
@@ -227,18 +237,6 @@ def evaluate(students: Students, setting: Setting, corpora: list[Corpus]) -> dic
     return {"kl": kl, "kl_by_timestep": by_timestep, "accuracy": accuracy, "accuracy_of_posterior": best}
 
 
-def load(path: Path) -> dict[str, dict]:
-    """Results so far by digest; the line that a kill cut short is dropped."""
-    found = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-            found[record["digest"]] = record
-        except ValueError:
-            continue
-    return found
-
-
 def show(console: Console, run: Run, results: dict[str, dict]) -> None:
     """One table per setting and question; differences are paired by seed with cross-entropy's."""
     for setting in SETTINGS:
@@ -258,7 +256,7 @@ def show(console: Console, run: Run, results: dict[str, dict]) -> None:
                 difference = (
                     ""
                     if reference is None
-                    else spread([a - b for a, b in zip(found["kl"], reference["kl"], strict=True)], True)
+                    else spread([a - b for a, b in zip(found["kl"], reference["kl"], strict=True)], signed=True)
                 )
                 bins = " ".join(f"{statistics.mean(b):.3f}" for b in zip(*found["kl_by_timestep"], strict=True))
                 table.add_row(
@@ -268,24 +266,22 @@ def show(console: Console, run: Run, results: dict[str, dict]) -> None:
                 console.print(table)
 
 
-def spread(values: list[float], signed: bool = False) -> str:
-    """Mean ± twice its standard error."""
-    error = 2 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{'+' if signed else ''}.4f} ± {error:.4f}"
-
-
 def main() -> None:
     """Train the cells that have no result yet, then print the tables."""
     arguments = argparse.ArgumentParser(description="Distillation from an exactly known teacher.")
     arguments.add_argument("--seeds", type=int, default=20)
     arguments.add_argument("--setting", choices=list(SETTINGS), help="one setting instead of both")
     arguments.add_argument("--out", type=Path, default=Path("runs/exact.jsonl"))
+    arguments.add_argument("--quick", action="store_true", help="few seeds and short runs, two questions")
     options = arguments.parse_args()
-    run, console = Run(seeds=options.seeds), Console()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    results = load(options.out)
+    run, console = QUICK if options.quick else Run(seeds=options.seeds), Console()
+    results = Results(options.out)
     for setting in [options.setting] if options.setting else SETTINGS:
-        cells = dict.fromkeys(cell for _, cell in grid(setting) if cell.digest(run) not in results)
+        cells = dict.fromkeys(
+            cell
+            for question, cell in grid(setting)
+            if cell.digest(run) not in results.cells and (not options.quick or question in QUICK_QUESTIONS)
+        )
         if not cells:
             continue
         begin = time.monotonic()
@@ -296,20 +292,12 @@ def main() -> None:
         for number, cell in enumerate(cells, 1):
             begin = time.monotonic()
             figures = evaluate(train(cell, run, SETTINGS[setting], corpora), SETTINGS[setting], corpora)
-            record = {
-                "digest": cell.digest(run),
-                "cell": cell.to_json(),
-                **figures,
-                "seconds": time.monotonic() - begin,
-            }
-            results[record["digest"]] = record
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            seconds = time.monotonic() - begin
+            results.add(cell.digest(run), {"cell": cell.to_json(), **figures, "seconds": seconds})
             console.print(
-                f"{number}/{len(cells)} {cell.label}: {spread(figures['kl'])}, {record['seconds']:.0f} s",
-                highlight=False,
+                f"{number}/{len(cells)} {cell.label}: {spread(figures['kl'])}, {seconds:.0f} s", highlight=False
             )
-    show(console, run, results)
+    show(console, run, results.cells)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ class Cell:
     """
 
     setting: str
-    objective: str = "kl"  # none, calm, reverse-calm, kl, reverse-kl; KL is over the events of k candidates
+    objective: str = (
+        "kl"  # none, calm, reverse-calm, bernoulli-reverse-kl, kl, reverse-kl; KL is over the events of k candidates
+    )
     temperature: float = 1.0
     k: int = 16
     tail: str = "other"  # other: one event for all other fillings; none: renormalised over the k on both sides
@@ -95,7 +97,7 @@ def grid(setting: str) -> Iterator[tuple[str, Cell]]:
 
     yield "objectives", none
     for temperature in (1.0, 2.0, 5.0):
-        for objective in ("calm", "reverse-calm"):
+        for objective in ("calm", "reverse-calm", "bernoulli-reverse-kl"):
             yield "objectives", change(base, objective=objective, temperature=temperature)
     for temperature in (1.0, 2.0):
         for objective in ("kl", "reverse-kl"):

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from shared.ragged import ranges
+
 Ints = npt.NDArray[np.int64]
 # Offsets of the neighbours in each context, in the order of the chain.
 CHAIN = ((), (1,), (-1,), (1, 2), (-2, -1), (-1, 1), (-2, -1, 1), (-1, 1, 2))
@@ -80,6 +82,30 @@ class BidirectionalNgram:
             hits = _lookup(counts.pairs, counts.pair_counts, context * self.vocabulary + gold)
             p = np.where(visible & (total > 0), (hits + strength * p) / (total + strength), p)
         return np.log(p)
+
+    def distribution(
+        self, ids: Ints, masked: npt.NDArray[np.bool_], positions: Ints, levels: int | None = None
+    ) -> npt.NDArray[np.float64]:
+        """p_NV of every token at these positions of one sequence, from the visible ones; see `gold_logp`."""
+        padded = np.concatenate([[0, 0], ids, [0, 0]])
+        hidden = np.concatenate([[True, True], masked, [True, True]])
+        positions = positions + 2
+        p_NV = np.full((len(positions), self.vocabulary), 1.0 / self.vocabulary)
+        for offsets, counts, strength in list(zip(CHAIN, self.counts, self.strengths, strict=True))[:levels]:
+            visible_N = np.ones(len(positions), bool)
+            for offset in offsets:
+                visible_N &= ~hidden[positions + offset]
+            context_N = _keys(padded, offsets, positions, self.vocabulary)
+            total_N = _lookup(counts.contexts, counts.context_counts, context_N)
+            row_N = np.flatnonzero(visible_N & (total_N > 0))
+            first_N = np.searchsorted(counts.pairs, context_N[row_N] * self.vocabulary)
+            stop_N = np.searchsorted(counts.pairs, (context_N[row_N] + 1) * self.vocabulary)
+            p_NV[row_N] *= strength
+            pair = ranges(first_N, stop_N - first_N)
+            token = counts.pairs[pair] % self.vocabulary
+            p_NV[np.repeat(row_N, stop_N - first_N), token] += counts.pair_counts[pair]
+            p_NV[row_N] /= (total_N[row_N] + strength)[:, None]
+        return p_NV
 
     def fit(self, sequences: list[tuple[Ints, npt.NDArray[np.bool_]]]) -> None:
         """Choose the strengths one level after the other, each to the highest likelihood of these sequences."""

@@ -122,25 +122,30 @@ def train_tokenizers(out: Path) -> None:
         ),
         ("student", pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)),
     ):
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = splitter
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=RECIPES[name].vocab_size,
-            special_tokens=[END, MASK, START, STOP],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
         parts = (
             text["library"] * 2 + text["tests"][::4] + text["python-doc"] + text["perl-doc"][::3] + text["git-doc"][::3]
         )
-        tokenizer.train_from_iterator(parts, trainer)
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, eos_token=END, pad_token=END, mask_token=MASK, chat_template=CHATML
-        )
+        fast = byte_level_bpe(RECIPES[name].vocab_size, parts, splitter)
         fast.save_pretrained(out / name)
         sample = "".join(text["library"][:200])
         print(f"{name}: {len(fast)} tokens, {len(sample.encode()) / len(fast(sample).input_ids):.2f} bytes per token")
+
+
+def byte_level_bpe(size: int, texts: list[str], splitter: pre_tokenizers.PreTokenizer) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `size` tokens, the special ones of the embedded pair among them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END, MASK, START, STOP],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=END, mask_token=MASK, chat_template=CHATML
+    )
 
 
 def token_streams(tokenizer: PreTrainedTokenizerFast) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ sys.path.insert(0, str(BENCH))
 
 import exact  # noqa: E402
 import exact_corpus  # noqa: E402
+from evidence_results import Results  # noqa: E402
 from exact_cells import SETTINGS, Cell, grid  # noqa: E402
 from exact_source import Source, token_ids  # noqa: E402
 
@@ -85,6 +86,6 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     run = exact_corpus.Run(seeds=1)
     cell = Cell("same", "none")
     out.write_text(f'{{"digest": "{cell.digest(run)}", "kl": [0.5]}}\n{{"digest": "cut', encoding="utf-8")
-    assert list(exact.load(out)) == [cell.digest(run)]
+    assert list(Results(out).cells) == [cell.digest(run)]
     found = subprocess.run([sys.executable, str(BENCH / "exact.py"), "--help"], capture_output=True, text=True)
     assert found.returncode == 0

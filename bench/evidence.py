@@ -1,0 +1,68 @@
+"""`make evidence`: what offline distillation costs and gains, measured with the embedded pair; hours on 2 cores.
+
+    python bench/evidence.py --scale full      # or quick: at most 15 minutes
+
+Every cell of `evidence_cells` is one student, trained from a cache by the project's own code and measured on modules
+that nobody has seen (`evidence_work`). A cell's result is one JSON line, kept under its configuration's digest, so a
+stopped run goes on, and `docs/evidence.md` is written from these lines alone (`evidence_page`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from evidence_cells import SCALES, cells, grid
+from evidence_page import write_page
+from evidence_results import Results
+from evidence_work import Workshop
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    """Train the cells that have no result yet, then write the page."""
+    parser = argparse.ArgumentParser(description="What offline distillation costs and gains, with the embedded pair.")
+    parser.add_argument("--scale", choices=list(SCALES), default="full")
+    parser.add_argument(
+        "--out", type=Path, help="corpora, caches and the student in work; default: runs/evidence-SCALE"
+    )
+    parser.add_argument("--results", type=Path, help="JSON lines; default: bench/results/evidence-SCALE.jsonl")
+    parser.add_argument("--question", action="append", help="only the cells of these questions")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so many")
+    parser.add_argument(
+        "--page", type=Path, help="default: docs/evidence.md for the full scale, else beside the results"
+    )
+    options = parser.parse_args()
+    scale, console = SCALES[options.scale], Console()
+    results = Results(options.results or ROOT / "bench" / "results" / f"evidence-{scale.name}.jsonl")
+    work = Workshop(options.out or Path("runs") / f"evidence-{scale.name}", scale, console)
+    wanted = {c.label for question, c in grid() if not options.question or question in options.question}
+    todo = [c for c in cells(scale) if c.label in wanted and c.digest(scale) not in results.cells]
+    begin = time.monotonic()
+    if "base" not in results.cells:
+        results.add("base", {"scale": scale.name, **work.measure(work.pair.base), "teacher": work.teacher_quality()})
+    validated = {c for question, c in grid() if question == "learning rate"}
+    for number, cell in enumerate(todo, 1):
+        if time.monotonic() - begin > 60 * options.minutes:
+            console.print(f"{len(todo) - number + 1} cells are left: the same command goes on")
+            break
+        started = time.monotonic()
+        found = work.result(cell, validation=cell in validated)
+        results.add(cell.digest(scale), {"scale": scale.name, "cell": cell.to_json(), **found})
+        console.print(
+            f"{number}/{len(todo)} {cell.label}, seed {cell.seed}: {found['bits_per_byte']:.4f} bits per byte, "
+            f"{found['quality']['all']['accuracy']:.1%}, {time.monotonic() - started:.0f} s",
+            highlight=False,
+        )
+    for name, took in work.costs().items():
+        results.add(f"cache:{name}", {"scale": scale.name, **took})
+    page = options.page or (ROOT / "docs" / "evidence.md" if scale.name == "full" else results.path.with_suffix(".md"))
+    write_page(page, scale, results)
+    console.print(f"{page} and its plots are written")
+
+
+if __name__ == "__main__":
+    main()

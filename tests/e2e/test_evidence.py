@@ -1,0 +1,135 @@
+"""`bench/evidence.py`: its controls are what they say, its verdicts follow their rules, and a run goes through and goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[2] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import evidence_page  # noqa: E402
+import evidence_teachers  # noqa: E402
+from evidence_cells import CROSS_ENTROPY, EVENTS, FULL, TEST, CacheChoice, Cell, cells, grid, quick_grid  # noqa: E402
+from evidence_generation import function_body, next_line, parses  # noqa: E402
+from evidence_results import Results  # noqa: E402
+from ngram import BidirectionalNgram  # noqa: E402
+
+from stage1_teacher.backends import ScoreRequest, Scores, load  # noqa: E402
+
+
+def test_every_cell_has_a_digest_of_its_own() -> None:
+    found = cells(FULL)
+    assert len({cell.digest(FULL) for cell in found}) == len(found)
+    # More seeds keep what is there; another size does not.
+    more = dataclasses.replace(FULL, seeds=9)
+    assert found[0].digest(more) == found[0].digest(FULL) != found[0].digest(TEST)
+    known = {cell for _, cell in grid()}
+    assert {cell for _, cell in quick_grid()} < known
+
+
+def test_distribution_of_the_ngram_model_is_its_likelihood() -> None:
+    rng = np.random.default_rng(0)
+    model = BidirectionalNgram([rng.integers(0, 7, 400)], 7)
+    ids, masked = rng.integers(0, 7, 60), rng.random(60) < 0.4
+    position_N = np.flatnonzero(masked)
+    for levels in (1, 5, 8):
+        p_NV = model.distribution(ids, masked, position_N, levels)
+        np.testing.assert_allclose(p_NV.sum(1), 1.0)
+        gold_N = p_NV[np.arange(len(position_N)), ids[position_N]]
+        np.testing.assert_allclose(np.log(gold_N), model.gold_logp(ids, masked, levels))
+
+
+def test_controls_answer_as_they_say() -> None:
+    teacher = load("tiny")
+    ids = list(range(300, 340))
+    noisy = [teacher.mask_id if i % 3 == 0 else token for i, token in enumerate(ids)]
+    positions = [i for i in range(len(ids)) if i % 3 == 0]
+    requests = [ScoreRequest(noisy, positions, [ids[p] for p in positions]) for _ in range(2)]
+    smooth = evidence_teachers.Control(teacher, "smoothing").score(requests, 4)
+    torch.testing.assert_close(smooth.gold_logp_N.exp(), torch.full((28,), evidence_teachers.SMOOTHED))
+    assert smooth.topk_ids_NK[:, 0].tolist() == [ids[p] for p in positions] * 2
+    plain = teacher.score(requests, 4)
+    shuffled = evidence_teachers.Control(teacher, "shuffled").score(requests, 4)
+    # The same answers, each about another place; the gold of the place is looked up in the answer that moved there.
+    assert sorted(map(tuple, shuffled.topk_ids_NK.tolist())) == sorted(map(tuple, plain.topk_ids_NK.tolist()))
+    assert (shuffled.topk_ids_NK != plain.topk_ids_NK).any()
+    rows = {tuple(r.tolist()): z for r, z in zip(plain.topk_ids_NK, plain.log_z_NT, strict=True)}
+    for row, z in zip(shuffled.topk_ids_NK, shuffled.log_z_NT, strict=True):
+        torch.testing.assert_close(rows[tuple(row.tolist())], z, atol=1e-4, rtol=1e-4)
+    inside = (shuffled.topk_ids_NK == torch.tensor([ids[p] for p in positions] * 2)[:, None]).any(1)
+    assert (shuffled.gold_logp_N[~inside] <= shuffled.topk_logp_NK[~inside, -1] + 1e-5).all()
+    assert isinstance(shuffled, Scores)
+
+
+def record(bits: float) -> dict[str, Any]:
+    """A result line with this likelihood."""
+    quality = {"all": {"accuracy": 0.2 - bits / 100, "calibration_error": 0.1}}
+    generation = {"infilling": [{"exact": 0.1, "tokens_per_forward": 1}] * 3, "completion": [{"valid": 0.5}] * 3}
+    return {"bits_per_byte": bits, "quality": quality, "train_seconds": 1.0, **generation}
+
+
+@pytest.mark.parametrize(("offset", "verdict"), [(0.0, "equivalent"), (0.05, "worse"), (-0.05, "better")])
+def test_equivalence_follows_its_rule(tmp_path: Path, offset: float, verdict: str) -> None:
+    scale = dataclasses.replace(TEST, seeds=4)
+    results = Results(tmp_path / "results.jsonl")
+
+    def put(cell: Cell, bits: float) -> None:
+        for seed in range(scale.seeds):
+            results.add(dataclasses.replace(cell, seed=seed).digest(scale), record(bits + 0.0001 * seed * (seed % 2)))
+
+    put(CROSS_ENTROPY, 2.0)
+    put(EVENTS, 1.9)
+    put(evidence_page.events(1), 1.9 + offset)
+    text = evidence_page.equivalence(evidence_page.Found(scale, Results(results.path)))
+    assert text.rsplit("|", 2)[1].strip() == verdict
+    put(dataclasses.replace(EVENTS, cache=CacheChoice(teacher="ngram")), 1.95)
+    assert "better" in evidence_page.gains(evidence_page.Found(scale, Results(results.path)))
+
+
+def test_functions_are_cut_where_they_end() -> None:
+    assert function_body("def f(x):\n", "    return 1\n\ny = 2\n", cut=False) == "    return 1\n\n"
+    assert function_body("    def f(x):\n", "        return 1\n    def g", cut=False) == "        return 1\n"
+    assert function_body("def f(x):\n", "    a = 1\n    b =", cut=True) == "    a = 1\n"
+    assert next_line("\n\n    a = 1  \n") == "    a = 1"
+    assert parses("    def f(self):\n        pass\n")
+    assert not parses("def f(:\n    pass\n")
+
+
+@pytest.mark.slow
+def test_a_run_goes_through_goes_on_and_writes_its_page(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    command = [
+        sys.executable, str(BENCH / "evidence.py"), "--scale", "test", "--out", str(tmp_path / "work"),
+        "--results", str(results), "--page", str(tmp_path / "evidence.md"), "--question", "tokenizers",
+    ]  # fmt: skip
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr[-2000:]
+    page = (tmp_path / "evidence.md").read_text()
+    assert "| kl distill_weight=5 tokenizers=4 | 1 |" in page
+    lines = results.read_text().splitlines()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert results.read_text().splitlines() == lines
+    assert (tmp_path / "evidence.md").read_text() == page
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_three_steps_on_a_cpu(tmp_path: Path) -> None:
+    model = str(Path(__file__).parents[2] / "stage2_student" / "tiny")
+    found = subprocess.run(
+        [
+            sys.executable, str(BENCH / "evidence_gpu.py"), "--model", model, "--scale", "smoke", "--out", str(tmp_path),
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert "| cross-entropy |" in found.stdout
+    assert "teacher=ngram" in found.stdout
