@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 
 from shared.cache.manifest import HELD_OUT_FOLDER, Manifest
-from shared.cache.tables import printable
+from shared.errors import printable
 
 CARD_FILE = "README.md"
 BEGIN = "<!-- tidecache: from here to the end mark this text is made from the manifest -->"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shared.embedded import EMBEDDED, embedded_or
-from shared.errors import TidecacheError
+from shared.errors import TidecacheError, printable
 
 if TYPE_CHECKING:
     from shared.cache.manifest import Manifest
@@ -94,7 +94,7 @@ def diff(
     try:
         found = diff_caches(first, second)
     except TidecacheError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(str(error))}", err=True)
         raise typer.Exit(2) from error
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=1))

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from shared.cache import files
 from shared.cache.encoding import EncodedShard, encode_stored
-from shared.cache.manifest import HELD_OUT_FOLDER, MANIFEST_FILE, SHARDS_FOLDER, Receipt
+from shared.cache.manifest import SHARDS_FOLDER, Receipt
 from shared.cache.parquet import REMEDY, footer_of, open_parquet, parse_parquet, read_data, read_metadata
 from shared.cache.reader import Cache
 from shared.cache.records import Draw, DrawRecord, StoredDocument
@@ -25,23 +25,6 @@ from shared.cache.statistics import ContextStatistics
 from shared.cache.writer import CacheWriter
 from shared.documents import Dropped
 from shared.errors import TidecacheError
-
-
-def held_out_of(cache: Cache) -> Cache | None:
-    """The cache of the held-out documents in a cache's folder; None also where its capture was killed at its very begin.
-
-    Raises:
-        TidecacheError: it is there and cannot be read.
-    """
-    inner = cache.path / HELD_OUT_FOLDER
-    if isinstance(inner, Path) and not (inner / MANIFEST_FILE).exists():
-        return None
-    try:
-        return Cache.open(inner)
-    except TidecacheError as error:
-        if isinstance(error.__cause__, files.MissingError):  # an address without a manifest
-            return None
-        raise
 
 
 def refuse_nested(source: Folder, out: Path) -> None:

@@ -26,7 +26,9 @@ from shared.cache.parquet import REMEDY
 from shared.cache.reader import Cache
 from shared.cache.records import Draw, StoredDocument
 from shared.cache.statistics import TIMESTEP_BINS, Array, timestep_bin
-from shared.cache.tables import number, plain_table, printable
+from shared.cache.survey import document_ranges, spread
+from shared.cache.tables import literal, number, plain_table
+from shared.errors import printable
 from shared.own_chunks import OwnChunks, own_chunks, scored_own_chunks
 from shared.spelling import Speller, candidates_of
 from shared.tokenization import IrreproducibleText, TextTokenizer
@@ -178,31 +180,22 @@ def measure(
 
 def sample(cache: Cache, documents: int, context: str, topk: bool) -> Iterator[tuple[StoredDocument, list[Draw]]]:
     """At most `documents` documents, spread evenly over the cache, each with all of its draws."""
-    by_file: dict[str, list[int]] = {}
-    for index, receipt in enumerate(cache.shards):
-        if receipt.counts.documents:
-            by_file.setdefault(receipt.documents.path, []).append(index)
-    files = list(by_file.values())
+    files = [indices for indices in document_ranges(cache) if cache.shards[indices[0]].counts.documents]
     if not files:
         return
     total = sum(cache.shards[indices[0]].counts.documents for indices in files)
     wanted = min(documents, total)
     count = min(len(files), max(SPREAD, -(-wanted * len(files) // total)))
-    while sum(cache.shards[files[i][0]].counts.documents for i in _spread(len(files), count)) < wanted:
+    while sum(cache.shards[files[i][0]].counts.documents for i in spread(len(files), count)) < wanted:
         count += 1
-    chosen = [files[i] for i in _spread(len(files), count)]
+    chosen = [files[i] for i in spread(len(files), count)]
     left = wanted
     for place, indices in enumerate(chosen):
         held = cache.shards[indices[0]].counts.documents
         later = sum(cache.shards[i[0]].counts.documents for i in chosen[place + 1 :])
         take = min(held, max(-(-left // (len(chosen) - place)), left - later))
         left -= take
-        yield from _documents_of(cache, indices, set(_spread(held, take)), context, topk)
-
-
-def _spread(count: int, wanted: int) -> list[int]:
-    """`wanted` ≤ `count` numbers below `count`, evenly spaced."""
-    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+        yield from _documents_of(cache, indices, set(spread(held, take)), context, topk)
 
 
 def _documents_of(
@@ -294,8 +287,8 @@ def render(report: CoverageReport, console: Console) -> None:
         markup=False,
     )
     console.print()
-    students = report.students
-    table = plain_table("Masked chunks of the cache", ["", *(s.name for s in students)])
+    students, names = report.students, [literal(s.name) for s in report.students]
+    table = plain_table("Masked chunks of the cache", ["", *names])
     table.add_row("declared", *("yes" if s.declared else "no" for s in students))
     table.add_row("usable", *(_share(s.by_fate["usable"], s.masked) for s in students))
     for fate, label in _LABELS.items():
@@ -311,7 +304,7 @@ def render(report: CoverageReport, console: Console) -> None:
         table.add_row("usable own chunks without any", *(_share(c.without, c.chunks) for c in held))
     console.print(table)
     console.print()
-    table = plain_table("Usable share by timestep", ["t", *(s.name for s in students)])
+    table = plain_table("Usable share by timestep", ["t", *names])
     for b in range(TIMESTEP_BINS):
         if any(s.chunks_BR[b].any() for s in students):
             shares = [_share(s.chunks_BR[b, 0], s.chunks_BR[b].sum()) for s in students]

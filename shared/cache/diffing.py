@@ -21,14 +21,15 @@ import numpy.typing as npt
 from rich.console import Console
 
 from shared.cache import format
-from shared.cache.copying import document_keys, held_out_of
+from shared.cache.copying import document_keys
 from shared.cache.manifest import HELD_OUT_FOLDER
 from shared.cache.parquet import read_narrow
 from shared.cache.reader import Cache
 from shared.cache.records import ContextScores, Draw
 from shared.cache.statistics import TIMESTEP_BINS, Array, timestep_bin
-from shared.cache.tables import number, plain_table, printable
+from shared.cache.tables import literal, number, plain_table
 from shared.documents import IntArray
+from shared.errors import printable
 from shared.ragged import within
 from shared.spec import differences
 
@@ -151,7 +152,7 @@ def diff_caches(a: str | Path, b: str | Path) -> Difference:
     """
     ours, theirs = Cache.open(a), Cache.open(b)
     found = _diff(ours, theirs)
-    inner = [held_out_of(ours), held_out_of(theirs)]
+    inner = [ours.held_out(), theirs.held_out()]
     if inner[0] is not None and inner[1] is not None:
         found.held_out = _diff(inner[0], inner[1])
     elif inner[0] is not None or inner[1] is not None:
@@ -340,7 +341,7 @@ def _render_one(found: Difference, console: Console) -> None:
     if found.spec:
         table = plain_table("Spec", ["field", "first", "second"])
         for name, ours, theirs in found.spec:
-            table.add_row(name, *(printable(v).replace("[", "\\[") for v in (ours, theirs)))
+            table.add_row(name, *(literal(v) for v in (ours, theirs)))
         console.print(table)
     table = plain_table("Extent", ["", "in both", "only first", "only second", "differ"])
     for name, counts, other in (

@@ -19,8 +19,7 @@ from shared.cache.manifest import (
     read_manifest,
 )
 from shared.cache.remote import reason
-from shared.cache.tables import printable
-from shared.errors import TidecacheError
+from shared.errors import TidecacheError, printable
 from shared.spec import differences
 
 if TYPE_CHECKING:

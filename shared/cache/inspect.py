@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.cache.files import DamagedError
-from shared.cache.manifest import HELD_OUT_FOLDER, FileRecord, Manifest
+from shared.cache.manifest import FileRecord, Manifest
 from shared.cache.parquet import REMEDY, column_bytes, footer_of, read_metadata
 from shared.cache.reader import Cache
 from shared.cache.remote import Folder
@@ -105,8 +105,8 @@ def inspect_cache(path: str | Path, sample: int = SAMPLE) -> Inspection:
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             where = cache.path / receipt.likelihoods[-1].path
             raise DamagedError(where, f"its footer has no statistics that fit the spec ({error!r})", REMEDY) from error
-    inner = cache.path / HELD_OUT_FOLDER
-    held_out = Cache.open(inner).manifest if isinstance(inner, Path) and inner.is_dir() else None
+    inner = cache.held_out()
+    held_out = None if inner is None else inner.manifest
     return Inspection(cache.path, cache.manifest, sizes.by_lane, statistics, survey_cache(cache, sample), held_out)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from shared.cache.inspect import Inspection, calibration, pairs
 from shared.cache.manifest import HELD_OUT_FOLDER, Manifest
 from shared.cache.survey import Survey, length_at
+from shared.cache.tables import number, plain_table
 
 
 def render(inspection: Inspection, console: Console) -> None:
@@ -70,22 +70,6 @@ def _all_bins(inspection: Inspection) -> list[dict[str, Any]]:
     return [entry for context in inspection.statistics for entry in inspection.timesteps(context)]
 
 
-def _plain_table(title: str, headings: list[str]) -> Table:
-    """Numbers to the right, light rules, 80 columns."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column(headings[0], no_wrap=True)
-    for heading in headings[1:]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
 def _overview(inspection: Inspection) -> Table:
     table = Table(title=str(inspection.path), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
@@ -140,7 +124,7 @@ def _held_out(manifest: Manifest | None) -> str:
 def _bytes_table(inspection: Inspection) -> Table:
     tokens = inspection.manifest.totals.scored_tokens
     total = sum(inspection.lane_bytes.values())
-    table = _plain_table("Bytes", ["lane", "bytes", "share", "per scored token"])
+    table = plain_table("Bytes", ["lane", "bytes", "share", "per scored token"])
     for lane, size in inspection.lane_bytes.items():
         table.add_row(lane, f"{size:,}", f"{size / total:.1%}", f"{size / tokens:.2f}" if tokens else "–")
     table.add_section()
@@ -150,7 +134,7 @@ def _bytes_table(inspection: Inspection) -> Table:
 
 def _lengths_table(survey: Survey) -> Table:
     """Shares of chunks by length: in teacher tokens one by one, in bytes as percentiles."""
-    table = _plain_table("Chunk lengths", ["in", "mean", "median", "90 %", "99 %", "1", "2", "3", "4 and more"])
+    table = plain_table("Chunk lengths", ["in", "mean", "median", "90 %", "99 %", "1", "2", "3", "4 and more"])
     rows = [("bytes", survey.byte_lengths, survey.chunk_bytes), ("teacher tokens", survey.token_lengths, None)]
     for name, counts, total in rows:
         chunks = max(int(counts.sum()), 1)
@@ -173,20 +157,20 @@ def _timestep_table(context: str, inspection: Inspection) -> Table:
     if topk:
         headings += [*(["entropy"] if inspection.survey else []), "best", "ECE"]
         headings += [f"tail {t:g}" for t in spec.temperatures]
-    table = _plain_table(f"By timestep, context {context}", headings)
+    table = plain_table(f"By timestep, context {context}", headings)
     for entry in inspection.timesteps(context):
         cells = [
             f"{entry['from']:.1f}–{entry['to']:.1f}",
             _count(entry["draws"]),
             _count(entry["chunks"]),
-            _number(entry["gold_logp_per_token"], ".3f"),
-            _number(entry["gold_logp_per_chunk"], ".3f"),
+            number(entry["gold_logp_per_token"], ".3f"),
+            number(entry["gold_logp_per_chunk"], ".3f"),
         ]
         if topk:
             if inspection.survey:
                 cells.append(_middle(entry["entropy_per_chunk"]))
-            cells += [_number(entry["best_is_gold"], ".1%"), _number(entry["calibration_error"], ".3f")]
-            cells += [_number(x, ".3f") for x in entry["tail_mass"] or [None] * len(spec.temperatures)]
+            cells += [number(entry["best_is_gold"], ".1%"), number(entry["calibration_error"], ".3f")]
+            cells += [number(x, ".3f") for x in entry["tail_mass"] or [None] * len(spec.temperatures)]
         table.add_row(*cells)
     return table
 
@@ -194,7 +178,7 @@ def _timestep_table(context: str, inspection: Inspection) -> Table:
 def _calibration_table(inspection: Inspection) -> Table:
     """Confidence against accuracy over all timesteps, contexts side by side."""
     contexts = {context: {c["from"]: c for c in calibration(s)} for context, s in inspection.statistics.items()}
-    table = _plain_table(
+    table = plain_table(
         "Calibration of the best filling, all timesteps",
         ["its p", *(h for x in contexts for h in (f"{x}\nchunks", "\nmean p", "\nis gold"))],
     )
@@ -210,7 +194,7 @@ def _calibration_table(inspection: Inspection) -> Table:
 
 
 def _pairs_table(inspection: Inspection) -> Table:
-    table = _plain_table(
+    table = plain_table(
         "compdemo minus plain, gold log-likelihood of the same chunks",
         ["t", "chunks", "nats/token", "nats/chunk", "standard error", "compdemo better"],
     )
@@ -240,10 +224,6 @@ def _count(value: int) -> str:
         if value >= max(scale, 100_000):
             return f"{value / scale:.3g}{unit}"
     return f"{value:,}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def _size(size: int) -> str:

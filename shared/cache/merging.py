@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shared.cache.copying import copy_shard, document_keys, finishing, held_out_of, refuse_nested
+from shared.cache.copying import copy_shard, document_keys, finishing, refuse_nested
 from shared.cache.manifest import HELD_OUT_FOLDER, MANIFEST_FILE, Manifest, Receipt
 from shared.cache.parquet import read_narrow
 from shared.cache.reader import Cache
@@ -48,7 +48,7 @@ def merge_caches(paths: Sequence[str | Path], out: Path) -> Merged:
         refuse_nested(cache.path, out)
     known = [*caches, *([Cache.open(out)] if (out / MANIFEST_FILE).exists() else [])]
     refuse_other_specs(known)
-    inner = [held for cache in known if (held := held_out_of(cache)) is not None]
+    inner = [held for cache in known if (held := cache.held_out()) is not None]
     refuse_other_specs([known[0], *inner])
     plan, held_plan = _Plan.of(known), _Plan.of(inner)
     _refuse_other_documents(known, inner)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from shared.cache import hub
 from shared.cache.card import CARD_FILE, updated_card
-from shared.cache.copying import held_out_of
 from shared.cache.manifest import HELD_OUT_FOLDER, MANIFEST_FILE, read_receipt, seal
 from shared.cache.parquet import read_data
 from shared.cache.reader import Cache
@@ -59,7 +58,7 @@ def push_cache(
 
     cache = Cache.open(folder)
     caches = {"": cache}
-    if (held_out := held_out_of(cache)) is not None:
+    if (held_out := cache.held_out()) is not None:
         caches[f"{HELD_OUT_FOLDER}/"] = held_out
     files = [file for prefix, c in caches.items() for file in _files(prefix, c)]
     api = HfApi()

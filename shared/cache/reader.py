@@ -11,12 +11,13 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from shared.cache import consistency, files, format
-from shared.cache.manifest import FileRecord, Manifest, Receipt, read_manifest
+from shared.cache.manifest import HELD_OUT_FOLDER, MANIFEST_FILE, FileRecord, Manifest, Receipt, read_manifest
 from shared.cache.parquet import REMEDY, footer_of, open_parquet, read_columns, read_narrow
 from shared.cache.records import BoolArray, Draw, StoredDocument
 from shared.cache.remote import Folder, folder_of
@@ -45,6 +46,22 @@ class Cache:
     def open(cls, path: str | Folder) -> Cache:
         """See `shared.cache.open_cache`."""
         return cls(folder_of(path), read_manifest(folder_of(path)))
+
+    def held_out(self) -> Cache | None:
+        """The cache of the held-out documents; None if there is none, or its capture was killed at its very begin.
+
+        Raises:
+            TidecacheError: it is there and cannot be read.
+        """
+        inner = self.path / HELD_OUT_FOLDER
+        if isinstance(inner, Path) and not (inner / MANIFEST_FILE).exists():
+            return None
+        try:
+            return Cache.open(inner)
+        except TidecacheError as error:
+            if isinstance(error.__cause__, files.MissingError):  # an address without a manifest
+                return None
+            raise
 
     @property
     def spec(self) -> CaptureSpec:

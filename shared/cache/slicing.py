@@ -3,9 +3,12 @@
 What comes out is the cache that a capture with the smaller spec and extent would have written, as far as stored values
 can tell: the rows, and so the content digest, are the same (DESIGN §5: the k best fillings of a chunk begin with its k′ < k
 best; draws, contexts and documents do not depend on each other), up to likelihoods that another composition of teacher
-batches changes in their last bits, and ties among candidates. Not the same are the statistics in the footers of shards
-that are cut: they are computed from stored values, not from exact ones, and the cost of rounding (`kl_BT`) is the source
-shard's mean, an upper bound if k shrinks. Shards that stay whole keep theirs. Tail samples lie beyond the k best, so with a
+batches changes in their last bits, and ties among candidates.
+
+Not the same are the statistics in the footers of shards that are cut: they are computed from stored values, not from
+exact ones, and the cost of rounding (`kl_BT`) is the source shard's mean, an upper bound for a smaller k in codec raw.
+Shards that stay whole keep theirs. The grid of codec packed depends on k, so there a smaller k rounds once more what is
+rounded, and candidates' likelihoods are not those of a capture to the bit. Tail samples lie beyond the k best, so with a
 smaller k they are no longer samples of the tail, and go.
 
 A slice can be extended like any cache, by a capture with its spec or `tidecache teacher extend`.
@@ -22,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.cache import format
-from shared.cache.copying import Source, copy_shard, finishing, held_out_of, read_source, record_of, refuse_nested
+from shared.cache.copying import Source, copy_shard, finishing, read_source, record_of, refuse_nested
 from shared.cache.encoding import encode_stored
 from shared.cache.manifest import HELD_OUT_FOLDER, Manifest, Receipt
 from shared.cache.parquet import read_narrow
@@ -93,7 +96,7 @@ def slice_cache(path: str | Path, out: Path, cut: Cut) -> Sliced:
     """
     cache = Cache.open(path)
     refuse_nested(cache.path, out)
-    held_out = held_out_of(cache)
+    held_out = cache.held_out()
     _refuse_too_much(cache, cut)
     spec = cut.spec(cache.spec)
     manifest = _slice_one(cache, out, spec, cut)

@@ -5,34 +5,31 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
+from shared.errors import printable
 
-def printable(text: object) -> str:
-    """One line of text that is safe on a terminal: whatever is not printable, ANSI escapes and line ends above all, is
-    written as Python writes it, `\\x1b`. Names of documents and of caches come from strangers.
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+MOST_WIDENED = 60  # columns that a narrow table takes up so that its title stays on one line
+
+
+def literal(text: object) -> str:
+    """Text of unknown origin for a cell or a heading: printable, and no markup of rich's."""
+    return printable(str(text)).replace("[", "\\[")
 
 
 def plain_table(title: str, headings: list[str]) -> Table:
-    """The first column to the left, all others to the right. Headings and title may hold anything."""
+    """The first column to the left, all others to the right."""
     table = Table(
-        title=_literal(title) or None,
+        title=title,
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
-        min_width=len(title),  # or it would be broken to the width of a narrow table
+        min_width=min(len(title), MOST_WIDENED),
     )
-    table.add_column(_literal(headings[0]), no_wrap=True)
+    table.add_column(headings[0], no_wrap=True)
     for heading in headings[1:]:
-        table.add_column(_literal(heading), justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
-
-
-def _literal(text: str) -> str:
-    """Printable, and no markup of rich's."""
-    return printable(text).replace("[", "\\[")
 
 
 def number(value: float | None, form: str) -> str:

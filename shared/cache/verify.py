@@ -18,7 +18,6 @@ import pyarrow as pa
 from shared import noise
 from shared.cache import files, format
 from shared.cache.manifest import (
-    HELD_OUT_FOLDER,
     MANIFEST_FILE,
     SHARDS_FOLDER,
     FileRecord,
@@ -51,10 +50,9 @@ def verify(path: str | Path) -> Report:
     Raises:
         TidecacheError: there is no manifest that can be read, so nothing can be checked.
     """
-    root = Path(path)
-    caches = [Cache.open(root)]
-    if (root / HELD_OUT_FOLDER).is_dir():
-        caches.append(Cache.open(root / HELD_OUT_FOLDER))
+    cache = Cache.open(Path(path))
+    held_out = cache.held_out()
+    caches = [cache] if held_out is None else [cache, held_out]
     problems = [problem for cache in caches for problem in _problems(cache)]
     return Report(
         paths=tuple(c.path for c in caches),

@@ -129,6 +129,27 @@ def test_a_slice_is_a_smaller_capture(name: str, source: Path, tmp_path: Path) -
     assert {r.range.document_stop for r in sliced.manifest.shards} <= {1, 4, 6, 8, 9, 12}
 
 
+@pytest.mark.parametrize("name", ["draws", "documents", "lane", "context", "k"])
+def test_slices_of_packed_caches(name: str, tmp_path: Path) -> None:
+    """All but a smaller k, whose grid is another one, to the bit; ids and gold always."""
+    cut, documents, draws, changes = CUTS[name]
+    capture(tmp_path / "source", 12, 4, codec="packed")
+    sliced = slice_cache(tmp_path / "source", tmp_path / "slice", cut)
+    capture(tmp_path / "captured", documents, draws, codec="packed", **changes)
+    assert sliced.manifest.spec == read_manifest(tmp_path / "captured").spec
+    assert (sliced.manifest.content == read_manifest(tmp_path / "captured").content) == (name != "k")
+    assert verify(tmp_path / "slice").problems == ()
+    for ours, theirs in zip(
+        Cache.open(tmp_path / "slice").iter_draws(), Cache.open(tmp_path / "captured").iter_draws(), strict=True
+    ):
+        for context, scores in ours.scores.items():
+            np.testing.assert_array_equal(scores.gold_logp_N, theirs.scores[context].gold_logp_N)
+            if name == "k":
+                np.testing.assert_array_equal(scores.topk_ids, theirs.scores[context].topk_ids)
+                apart = np.exp(scores.topk_logp_MK) - np.exp(theirs.scores[context].topk_logp_MK)
+                assert np.abs(apart).max(initial=0.0) < 0.02
+
+
 def test_shards_that_stay_as_they_are_are_copied(source: Path, tmp_path: Path) -> None:
     slice_cache(source, tmp_path / "slice", Cut(documents=6, draws=2))
     before, after = snapshot(source), snapshot(tmp_path / "slice")

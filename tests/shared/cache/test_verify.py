@@ -14,6 +14,7 @@ import pytest
 
 from shared.cache import codec, open_cache, parquet
 from shared.cache import manifest as manifests
+from shared.cache.inspect import inspect_cache
 from shared.cache.manifest import FileRecord
 from shared.cache.verify import verify
 from shared.cache.writer import CacheWriter
@@ -232,3 +233,12 @@ def test_stored_values_keep_to_the_stated_precision(folder):
     for draw in open_cache(folder).iter_draws():
         scores = draw.scores["compdemo"]
         np.testing.assert_array_equal(codec.round_significant(scores.gold_logp_N, codec.LOGP_BITS), scores.gold_logp_N)
+
+
+def test_a_held_out_part_that_was_only_begun_is_none(tmp_path):
+    """A capture that was killed before the manifest of its held-out documents was there."""
+    synthetic.build(tmp_path)
+    (tmp_path / "held-out").mkdir()
+    (tmp_path / "held-out" / "teacher_vocab.parquet").write_bytes(b"")
+    assert verify(tmp_path).problems == ()
+    assert inspect_cache(tmp_path).held_out is None
