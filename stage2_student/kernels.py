@@ -15,15 +15,19 @@ R = Q · H / G folded queries, D head size. A leading 1 is the batch of one pack
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask
 
 from stage2_student.kv_cache import grouped_attention
-from stage2_student.packing import Layout, Run
+from stage2_student.packing import Layout, Run, sees
 
+TILE = 128  # FlexAttention's
+TILES_AT_ONCE = 8
 # Private names of torch's CPU kernel: they alone give the normaliser, which joining needs.
 _forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -180,31 +184,65 @@ def flex(
     softcap: float | None = None,
 ) -> Tensor:
     """FlexAttention, compiled by `transformers`' own wrapper; the block mask is made once per layout and query count."""
-    from torch.nn.attention.flex_attention import create_block_mask
     from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
     queries = query_1HQD.shape[2]
     if queries not in layout.memory:
-        layout.memory[queries] = create_block_mask(
-            lambda _b, _h, q, k: layout.sees(q, k), None, None, queries, layout.tokens, device=query_1HQD.device.type
-        )
-
-    def capped(score: Tensor, *_: Tensor) -> Tensor:
-        assert softcap is not None
-        return softcap * torch.tanh(score / softcap)
-
+        layout.memory[queries] = block_mask(layout, queries)
     output_1HQD = compile_friendly_flex_attention(
         query_1HQD,
         key_1GTD,
         value_1GTD,
         training=torch.is_grad_enabled(),
-        score_mod=None if softcap is None else capped,
+        score_mod=None if softcap is None else _capped(softcap),
         block_mask=layout.memory[queries],
         scale=scaling,
         enable_gqa=query_1HQD.shape[1] != key_1GTD.shape[1],
     )
     assert isinstance(output_1HQD, Tensor)
     return output_1HQD.transpose(1, 2)
+
+
+def block_mask(layout: Layout, queries: int) -> BlockMask:
+    """FlexAttention's block mask of the first `queries` tokens, a few rows of tiles at a time: no square of tokens."""
+    device, tokens = layout.row_T.device, layout.tokens
+    every_T = torch.arange(tokens, device=device)
+    counts = []
+    for rows in every_T[:queries].split(TILE * TILES_AT_ONCE):
+        seen_QT = layout.sees(rows[:, None], every_T[None, :])
+        seen_QT = nn.functional.pad(seen_QT, (0, -tokens % TILE, 0, -len(rows) % TILE))
+        counts.append(seen_QT.view(-1, TILE, seen_QT.shape[1] // TILE, TILE).sum(dim=(1, 3)))
+    count = torch.cat(counts)
+    full = count == TILE * TILE
+    return BlockMask.from_kv_blocks(
+        *_ordered((count > 0) & ~full),
+        *_ordered(full),
+        BLOCK_SIZE=TILE,
+        mask_mod=_rule(layout.document_T, layout.draw_T, layout.block_T),
+        seq_lengths=(queries, tokens),
+    )
+
+
+def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tiles each row of tiles has, and their numbers, those that it has first; [1, 1, …] int32."""
+    numbers = torch.argsort(tiles.int(), dim=1, descending=True, stable=True)
+    return tiles.sum(dim=1, dtype=torch.int32)[None, None], numbers.to(torch.int32)[None, None]
+
+
+def _rule(document_T: Tensor, draw_T: Tensor, block_T: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The layout's rule for FlexAttention. Its closure holds tensors alone: a compiled kernel serves other layouts, too."""
+
+    def seen(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees(document_T, draw_T, block_T, query, key)
+
+    return seen
+
+
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
 
 
 def dense(

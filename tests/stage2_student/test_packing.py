@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shared.cache.reader import Cache
@@ -109,6 +110,22 @@ def test_kernels_agree(case: tuple[list[Group], int], heads: tuple[int, int], se
             found.append((output, *torch.autograd.grad((output * direction).sum(), (query, key, value))))
         for ours, reference in zip(*found, strict=True):
             torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-11)
+
+
+def test_block_masks_are_those_of_torch() -> None:
+    rng = np.random.default_rng(0)
+    groups = [Group(3, rng.random((2, 900)) < 0.4), Group(0, rng.random((1, 700)) < 0.01)]
+    for size in (16, 256):
+        layout = Layout.of(groups, size, CPU)
+        for queries in (layout.tokens, layout.noisy):
+            found = kernels.block_mask(layout, queries)
+            expected = create_block_mask(
+                lambda _b, _h, q, k, at=layout: at.sees(q, k), None, None, queries, layout.tokens, "cpu"
+            )
+            assert found.shape == expected.shape
+            for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+                assert torch.equal(getattr(found, name), getattr(expected, name)), name
+            assert torch.equal(found.to_dense(), expected.to_dense())
 
 
 @pytest.mark.slow
