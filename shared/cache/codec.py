@@ -22,8 +22,8 @@ import pyarrow as pa
 from shared.cache import columns, grid, packed_reader, packed_writer
 from shared.cache.packed_layout import Fillings
 from shared.cache.packed_reader import Shape
-from shared.cache.parquet import MAX_VALUES
 from shared.cache.records import ContextScores, FloatArray, IdArray, IntArray
+from shared.cache.unpacking import MAX_VALUES
 from shared.spec import CaptureSpec
 
 LOGP_BITS = 11  # significant bits of stored log-likelihoods

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from shared.cache.parquet import MAX_VALUES
+from shared.cache.unpacking import MAX_VALUES
 from shared.errors import TidecacheError
 
 

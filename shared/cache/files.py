@@ -15,13 +15,16 @@ import os
 import re
 import secrets
 import socket
+import stat
 import time
 from pathlib import Path
+from typing import IO
 
 from shared.cache.remote import Folder, RemotePath, reason
 from shared.errors import TidecacheError, shown
 
 FOREIGN_LEFTOVER_SECONDS = 86400.0  # a temporary file lives for seconds; another machine's may be judged by age only
+SHARDS_FOLDER = "shards"
 MAX_NAME = 200  # characters of a file's name with its folders; ours have some 60
 _TOKEN = secrets.token_hex(4)
 _COUNTER = itertools.count()
@@ -47,9 +50,7 @@ def digest(data: bytes | memoryview) -> str:
 
 
 def check_name(name: object, where: str) -> str:
-    """The name of a file inside a cache's folder, as manifests give it.
-
-    Only the name is judged, links are followed: the Hugging Face Hub's local copies are folders of links.
+    """The name of a file inside a cache's folder, as manifests give it. Links are judged by `open_inside`.
 
     Raises:
         TidecacheError: it is no name or leads out of the folder.
@@ -82,10 +83,40 @@ def read(root: Folder, name: str, limit: int, remedy: str) -> bytes:
 
 
 def _read_local(path: Path, limit: int, remedy: str) -> bytes:
-    size = path.stat().st_size
-    if size > limit:
-        raise DamagedError(path, f"expected at most {limit} bytes, found {size}: refused", remedy)
-    return path.read_bytes()
+    with open_inside(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise DamagedError(path, f"expected at most {limit} bytes, found {size}: refused", remedy)
+        return file.read(limit + 1)
+
+
+def open_inside(path: Path) -> IO[bytes]:
+    """A file of a cache, open for reading. Devices and pipes, which may never end, are refused, and a link that leads out of
+    the cache's folder, except for those of the Hugging Face Hub's local copies (`snapshots/…` to `blobs`).
+
+    Raises:
+        OSError: missing, or refused; the text says why.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    file = os.fdopen(descriptor, "rb")
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a plain file: refused")
+        link = path.is_symlink() or path.parent.is_symlink()
+        if link and not _leads_inside(path):
+            raise OSError(errno.EPERM, f"a link that leads out of the cache's folder, to {path.resolve()}: refused")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _leads_inside(path: Path) -> bool:
+    """Whether a link stays within its cache's folder: the file's own, or the one above it where shards are kept."""
+    root = path.parent.parent if path.parent.name == SHARDS_FOLDER else path.parent
+    inside = [root.resolve()]
+    inside += [p.parent / "blobs" for p in inside[0].parents if p.name == "snapshots"]
+    return any(path.resolve().is_relative_to(folder) for folder in inside)
 
 
 def _read_remote(path: RemotePath, limit: int, remedy: str) -> bytes:

@@ -26,7 +26,7 @@ from shared.errors import TidecacheError, shown
 from shared.spec import FORMAT_VERSION, CaptureSpec
 
 MANIFEST_FILE = "manifest.json"
-SHARDS_FOLDER = "shards"
+SHARDS_FOLDER = files.SHARDS_FOLDER
 HELD_OUT_FOLDER = "held-out"
 WIDENING_FOLDER = "widening"  # receipts that wait for others, see `shared.cache.widening`
 MAX_MANIFEST_BYTES = 256 << 20

@@ -2,29 +2,30 @@
 
 zstd, page checksums and a page index; the footer carries our entries as JSON under `tidecache.`. A file is read whole
 (a shard has at most some tens of MB), and its length and digest are compared with its record before anything is parsed,
-so that damage ends in a clear error and nothing damaged is ever used. Page checksums are verified as well; other
-readers have only those.
+so that damage ends in a clear error and nothing damaged is ever used. What it would take unpacked is found before anything
+is (`shared.cache.unpacking`). Page checksums are verified as well; other readers have only those.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from shared.cache import files
+from shared.cache import files, unpacking
 from shared.cache.manifest import FileRecord
-from shared.cache.remote import Folder, RemotePath
+from shared.cache.remote import Folder, RemotePath, reason
+from shared.errors import printable, shown
 
 ROW_GROUP_ROWS = 256
-MAX_VALUES = 1 << 28  # values in one column of one file; more is no shard but a decompression bomb
-MAX_UNCOMPRESSED = 1 << 31  # bytes of all columns of one file
-MAX_FILE_BYTES = 1 << 30
 METADATA_PREFIX = "tidecache."
+UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, OverflowError)  # what decoding says of damage
 REMEDY = "`tidecache cache verify` lists all that is damaged and says how to mend it"
 
 
@@ -81,7 +82,7 @@ def read_data(root: Folder, record: FileRecord) -> bytes:
         DamagedError: missing, truncated or changed.
     """
     path = root / record.path
-    data = files.read(root, record.path, MAX_FILE_BYTES, REMEDY)
+    data = files.read(root, record.path, record.size_bytes + 1, REMEDY)
     if len(data) != record.size_bytes:
         finding = f"expected {record.size_bytes} bytes, found {len(data)}: cut off or replaced"
         raise files.DamagedError(path, finding, REMEDY)
@@ -106,33 +107,94 @@ def parse_parquet(data: bytes, path: Folder) -> pq.ParquetFile:
     Raises:
         DamagedError: no Parquet file, or it claims more values than a shard can have.
     """
+    view = memoryview(data)
+    _check(lambda offset, length: view[offset : offset + length], len(data), path)
     return _parse(pa.BufferReader(data), path)
 
 
-def _parse(source: Any, path: Folder) -> pq.ParquetFile:
-    """The footer of a file (an open one, or its path), and a look at what it claims."""
+def _check(read: unpacking.Read, size: int, path: Folder, columns: list[str] | None = None) -> None:
     try:
-        file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=True)
-    except (pa.ArrowException, OSError) as error:
-        raise files.DamagedError(path, f"no Parquet file ({error})", REMEDY) from error
-    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-    values = max((g.column(c).num_values for g in groups for c in range(g.num_columns)), default=0)
-    size = sum(g.total_byte_size for g in groups)
-    if values > MAX_VALUES or size > MAX_UNCOMPRESSED:
-        finding = f"claims {values} values and {size} bytes unpacked, more than a shard can have: refused"
-        raise files.DamagedError(path, finding, REMEDY)
+        unpacking.check(read, size, columns)
+    except unpacking.BombError as error:
+        raise files.DamagedError(path, str(error), REMEDY) from error
+
+
+def _parse(source: Any, path: Folder) -> pq.ParquetFile:
+    """The footer of a file that has been walked through."""
+    try:
+        file = pq.ParquetFile(source, page_checksum_verification=True)
+        _ = file.schema_arrow.names
+        footer_of(file.metadata.metadata)
+    except (*UNREADABLE, RecursionError) as error:
+        raise files.DamagedError(path, f"no Parquet file, or not one of ours ({_line(error)})", REMEDY) from error
     return file
 
 
+def _line(error: Exception) -> str:
+    """Another library's message, which may hold text from the file, as one short line."""
+    return printable(" ".join(str(error).split()))[:200]
+
+
 def read_metadata(root: Folder, record: FileRecord) -> pq.FileMetaData:
-    """The footer alone, unchecked: for statistics over many files."""
+    """The footer alone, without the file's digest: for statistics over many files.
+
+    Raises:
+        DamagedError: missing, unreadable, or with more in it than a shard can have.
+    """
     path = root / record.path
     if isinstance(path, RemotePath):
         return open_parquet(root, record).metadata
+    with _opened(path) as file:
+        _check(file.part, file.size, path, [])
+        return _parse(file, path).metadata
+
+
+def _opened(path: Path) -> _Parts:
     try:
-        return pq.read_metadata(path)
-    except (pa.ArrowException, OSError) as error:
-        raise files.DamagedError(path, f"its footer cannot be read ({error})", REMEDY) from error
+        return _Parts(files.open_inside(path))
+    except FileNotFoundError as error:
+        raise files.MissingError(path, "the file is missing", REMEDY) from error
+    except OSError as error:
+        raise files.DamagedError(path, f"cannot be read ({reason(error)})", REMEDY) from error
+
+
+class _Parts(io.RawIOBase):
+    """An open file that remembers the parts that were read, so that what was checked is what is decoded."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._place, self._parts = file, 0, dict[int, bytes]()
+        self.size = file.seek(0, io.SEEK_END)
+
+    def part(self, offset: int, length: int) -> bytes:
+        """Bytes [offset, offset + length), fewer where the file ends."""
+        for start, data in self._parts.items():
+            if start <= offset and offset + length <= start + len(data):
+                return data[offset - start : offset - start + length]
+        self._file.seek(offset)
+        self._parts[offset] = self._file.read(min(length, max(self.size - offset, 0)))
+        return self._parts[offset]
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.part(self._place, self.size - self._place if size < 0 else size)
+        self._place += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.size}[whence]
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def column_bytes(metadata: pq.FileMetaData) -> dict[str, int]:
@@ -158,12 +220,17 @@ def read_narrow(root: Folder, record: FileRecord, columns: list[str]) -> pa.Tabl
     if isinstance(path, RemotePath):
         try:
             with path.open() as file:
-                return read_columns(root, _parse(file, path), record, columns)
+                return _read_narrow(root, _Parts(file), record, columns)
         except Exception:  # a server that gives no parts of files, or a file with damage: the whole file will tell
             return read_columns(root, open_parquet(root, record), record, columns)
-    if not path.exists():
-        raise files.MissingError(path, "the file is missing", REMEDY)
-    return read_columns(root, _parse(path, path), record, columns)
+    with _opened(path) as parts:
+        return _read_narrow(root, parts, record, columns)
+
+
+def _read_narrow(root: Folder, parts: _Parts, record: FileRecord, columns: list[str]) -> pa.Table:
+    path = root / record.path
+    _check(parts.part, parts.size, path, columns)
+    return read_columns(root, _parse(parts, path), record, columns)
 
 
 def read_columns(
@@ -181,7 +248,7 @@ def read_columns(
     path = root / record.path
     missing = [c for c in columns if c not in file.schema_arrow.names]
     if missing:
-        finding = f"expected the column {missing[0]}, found {', '.join(file.schema_arrow.names)}"
+        finding = f"expected the column {missing[0]}, found {shown(', '.join(file.schema_arrow.names), 200)}"
         raise files.DamagedError(path, finding, REMEDY)
     if file.metadata.num_rows != record.rows:
         raise files.DamagedError(path, f"expected {record.rows} rows, found {file.metadata.num_rows}", REMEDY)
@@ -193,8 +260,8 @@ def read_columns(
         low, high = (pa.scalar(t, pa.float64()) for t in timesteps)
         t = table["timestep"].cast(pa.float64())
         return table.filter(pc.and_(pc.greater_equal(t, low), pc.less_equal(t, high)))
-    except (pa.ArrowException, OSError) as error:
-        raise files.DamagedError(path, f"cannot be decoded ({error})", REMEDY) from error
+    except UNREADABLE as error:
+        raise files.DamagedError(path, f"cannot be decoded ({_line(error)})", REMEDY) from error
 
 
 def _may_hold(group: pq.RowGroupMetaData, timesteps: tuple[float, float]) -> bool:

@@ -87,7 +87,7 @@ class Cache:
             consistency.check_columns(table, format.VOCABULARY_SCHEMA)
             consistency.check_vocabulary(table, self.spec)
         footer = footer_of(file.metadata.metadata)
-        if footer.get("tokenizer") != self.spec.teacher.tokenizer:
+        if footer.get("tokenizer") != self.spec.teacher.tokenizer or not isinstance(footer.get("name"), str):
             raise files.DamagedError(self.path / record.path, "of another tokenizer than the spec's", REMEDY)
         special_V = table["special"].to_numpy()
         return TeacherVocabulary(footer["name"], footer["tokenizer"], table["bytes"].to_pylist(), special_V)

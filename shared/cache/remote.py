@@ -48,11 +48,13 @@ class RemotePath:
     def read_bytes(self, limit: int) -> bytes | None:
         """The whole file, or None if it is longer than `limit` bytes, of which no more are read.
 
-        The length that a server announces is not believed. Raises as `open`.
+        A length that a server announces is believed if it is above the limit, not if it is below. Raises as `open`.
         """
         parts: list[bytes] = []
         left = limit + 1
         with self.open() as file:
+            if (getattr(file, "size", None) or 0) > limit:
+                return None
             while left and (part := file.read(left)):  # a stream may give less than was asked for
                 parts.append(part)
                 left -= len(part)

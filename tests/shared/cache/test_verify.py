@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shared.cache import codec, open_cache, parquet
+from shared.cache import codec, open_cache, parquet, unpacking
 from shared.cache import manifest as manifests
 from shared.cache.inspect import inspect_cache
 from shared.cache.manifest import FileRecord
@@ -129,9 +129,9 @@ def test_pages_are_checked_by_other_readers_too(folder, tmp_path):
         pq.read_table(tmp_path / "flipped.parquet", page_checksum_verification=True)
 
 
-@pytest.mark.parametrize(("limit", "value"), [("MAX_VALUES", 10), ("MAX_UNCOMPRESSED", 100), ("MAX_FILE_BYTES", 100)])
+@pytest.mark.parametrize(("limit", "value"), [("MAX_VALUES", 10), ("MAX_UNCOMPRESSED", 100), ("MAX_FOOTER_BYTES", 100)])
 def test_bombs_are_refused(folder, monkeypatch, limit, value):
-    monkeypatch.setattr(parquet, limit, value)
+    monkeypatch.setattr(unpacking, limit, value)
     with pytest.raises(TidecacheError, match="refused"):
         content(open_cache(folder))
 
