@@ -94,6 +94,31 @@ def test_single_faults(traits: dict, trait: str, flag: str) -> None:
     assert found[trait].flag == flag
 
 
+class Shifted:
+    """The embedded teacher as if it had been trained to give its logits one row later (+1) or earlier (−1)."""
+
+    def __init__(self, teacher: Any, trained: int) -> None:
+        self._teacher, self._trained = teacher, trained
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._teacher, name)
+
+    def varied(self, layout: str, shift: int, mask_id: int | None) -> Any:
+        return self._teacher.varied(layout, shift - self._trained, mask_id)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trained", "asked", "flag"), [(1, False, "--logit-shift"), (-1, False, "--teacher"), (1, True, "")]
+)
+def test_teachers_that_were_trained_with_a_shift(trained: int, asked: bool, flag: str) -> None:
+    check = checked(logit_shift=asked)
+    check._teacher = Shifted(check._teacher, trained)
+    found = findings(check)["logit shift"]
+    assert found.wrong == bool(flag), found.detail
+    assert found.flag == flag
+
+
 def copy_of_tiny(folder: Path) -> Path:
     shutil.copytree(TINY_TEACHER, folder, ignore=shutil.ignore_patterns("*.md"))
     return folder

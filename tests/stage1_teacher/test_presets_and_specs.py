@@ -15,7 +15,7 @@ import torch
 from shared.cache import open_cache
 from shared.cli import main
 from shared.errors import TidecacheError
-from stage1_teacher.backends import load
+from stage1_teacher.backends import ScoreRequest, load
 from stage1_teacher.presets import find_preset, preset_names
 from stage1_teacher.specs import read_spec, spec_names
 from tests.conftest import ROOT, TINY_STUDENT, TINY_TEACHER
@@ -36,16 +36,17 @@ def tidecache(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_presets_that_ship() -> None:
-    assert preset_names() == ["dense8b", "dream7b", "llada8b", "moe16b", "tiny"]
+    assert preset_names() == ["dense8b", "dream7b", "llada8b", "moe16b", "moe16b-2.1", "tiny"]
     traits = {n: (p.checkpoint, p.layout, p.mask_id, p.logit_shift) for n in preset_names() for p in [find_preset(n)]}
     assert traits["moe16b"] == ("inclusionAI/LLaDA2.0-mini", "bd3lm", 156895, None)
+    assert traits["moe16b-2.1"] == ("inclusionAI/LLaDA2.1-mini", *traits["moe16b"][1:])
     assert traits["dense8b"] == ("tencent/WeDLM-8B-Instruct", "reordered", 151665, None)
     assert traits["llada8b"] == ("GSAI-ML/LLaDA-8B-Instruct", "full", 126336, None)
     assert traits["dream7b"] == ("Dream-org/Dream-v0-Instruct-7B", "full", 151666, True)
     assert all(find_preset(n).dtype == "bfloat16" for n in preset_names() if n != "tiny")
 
 
-@pytest.mark.parametrize("name", ["moe16b", "dense8b", "llada8b", "dream7b"])
+@pytest.mark.parametrize("name", ["moe16b", "moe16b-2.1", "dense8b", "llada8b", "dream7b"])
 def test_absent_weights_say_what_to_download(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -69,6 +70,35 @@ def test_a_preset_of_ones_own(tmp_path: Path) -> None:
     preset.write_text(f'checkpoint = "{tmp_path}/model"\ntemplate = 3\n')
     with pytest.raises(TidecacheError, match="template: expected str, found 3"):
         find_preset(preset)
+
+
+@pytest.mark.parametrize("size", [4, 16, 64])
+def test_blocks_of_a_preset(size: int, tmp_path: Path) -> None:
+    """What a token's likelihood depends on in bd3lm: x_t of its own block and x_0 of the blocks before it."""
+    write_checkpoint(tmp_path / "model", "sdar")
+    preset = tmp_path / "mine.toml"
+    preset.write_text(f'checkpoint = "{tmp_path}/model"\nlayout = "bd3lm"\nblock_size = {size}\n')
+    teacher = load(preset)
+    length, place = 120, 100
+    clean_L = np.random.default_rng(0).integers(0, 90, length)
+    noisy_L = clean_L.copy()
+    noisy_L[place] = teacher.mask_id
+    first = place // size * size
+
+    def request(noisy: int | None = None, clean: int | None = None) -> ScoreRequest:
+        a, b = noisy_L.copy(), clean_L.copy()
+        for ids, changed in ((a, noisy), (b, clean)):
+            if changed is not None:
+                ids[changed] = (ids[changed] + 1) % 90
+        return ScoreRequest(a, [place], [clean_L[place]], b)
+
+    inside = first if first != place else place + 1
+    unseen = [request(noisy=first - 1), request(clean=first), request(clean=length - 1)]
+    unseen += [request(noisy=first + size)] if first + size < length else []
+    seen = [request(noisy=inside), request(clean=first - 1), request(clean=0)]
+    (plain,), same, other = (teacher.score(r, 1).gold_logp_N for r in ([request()], unseen, seen))
+    assert (same - plain).abs().max() < 1e-5
+    assert (other - plain).abs().min() > 1e-6
 
 
 @pytest.mark.parametrize("kind", ["llada2_moe", "qwen3"])
