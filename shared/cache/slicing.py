@@ -7,8 +7,8 @@ batches changes in their last bits, and ties among candidates.
 
 Not the same are the statistics in the footers of shards that are cut: they are computed from stored values, not from
 exact ones, and the cost of rounding (`kl_BT`) is the source shard's mean, an upper bound for a smaller k in codec raw.
-Shards that stay whole keep theirs. The grid of codec packed depends on k, so there a smaller k rounds once more what is
-rounded, and candidates' likelihoods are not those of a capture to the bit. Tail samples lie beyond the k best, so with a
+Shards that stay whole keep theirs. The grid of codec packed depends on k: a smaller k keeps stored likelihoods as they
+are, to the bit, and those of a capture with that k lie elsewhere on their grid. Tail samples lie beyond the k best, so with a
 smaller k they are no longer samples of the tail, and go.
 
 A slice can be extended like any cache, by a capture with its spec or `tidecache teacher extend`.

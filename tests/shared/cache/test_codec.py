@@ -14,6 +14,7 @@ import pytest
 from shared.cache import codec, columns, format, open_cache
 from shared.cache.inspect import inspect_cache
 from shared.cache.records import ContextScores, Draw
+from shared.cache.slicing import Cut, slice_cache
 from shared.cache.stream import DrawStream
 from shared.cache.verify import verify
 from shared.errors import TidecacheError
@@ -82,6 +83,22 @@ def test_fewer_fillings_of_a_packed_cache_are_exact(folders):
         np.testing.assert_array_equal(stored.topk_logp_MK, scores.topk_logp_MK[:, :5])
         np.testing.assert_array_equal(stored.log_z_MT, scores.log_z_MT)
         np.testing.assert_array_equal(stored.topk_ids, cut.topk_ids)
+
+
+def test_slices_of_a_packed_cache_keep_their_values(folders, tmp_path):
+    sliced = tmp_path / "slice"
+    slice_cache(folders / "packed", sliced, Cut(k=3, draws=2, contexts=("plain",)))
+    assert verify(sliced).problems == ()
+    whole = {(d.document, d.draw): d for d in of(folders / "packed")}
+    draws = of(sliced)
+    assert 0 < len(draws) < len(whole)
+    for draw in draws:
+        found, expected = draw.scores["plain"], whole[draw.document, draw.draw].scores["plain"]
+        np.testing.assert_array_equal(found.topk_logp_MK, expected.topk_logp_MK[:, :3])
+        np.testing.assert_array_equal(found.log_z_MT, expected.log_z_MT)
+        texts = [[text for text, _ in c] for c in draw.candidates]
+        whole_draw = dataclasses.replace(whole[draw.document, draw.draw], context="plain")
+        assert texts == [[text for text, _ in c[:3]] for c in whole_draw.candidates]
 
 
 def test_a_packed_cache_is_smaller_and_inspect_says_so(folders):
