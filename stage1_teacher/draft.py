@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shared.cache.manifest import MANIFEST_FILE, fingerprint_of
 from shared.errors import TidecacheError
 from shared.preparation import common_normal_form
 from shared.spec import CaptureSpec, StudentTokenizerSpec, TeacherSpec
@@ -109,9 +110,16 @@ class Draft:
         return loaded, dataclasses.replace(self.spec, teacher=teacher)
 
     def folder(self, spec: CaptureSpec) -> Path:
-        """Where the cache of this spec lies: --out, or a name of its own under $TIDECACHE_HOME."""
+        """Where the cache of this spec lies: --out, or a name of its own under $TIDECACHE_HOME, or there under the name
+        that it had before it was extended to this spec.
+        """
+        if self.options.out is not None:
+            return self.options.out
         home = Path(os.environ.get("TIDECACHE_HOME") or "caches")
-        return self.options.out or home / f"{self.preset.name}-{spec.fingerprint[:12]}"
+        own = home / f"{self.preset.name}-{spec.fingerprint[:12]}"
+        others = sorted(home.glob(f"*/{MANIFEST_FILE}")) if not own.exists() else []
+        others = [path for path in others if path.parent.name.startswith(f"{self.preset.name}-")]
+        return next((path.parent for path in others if fingerprint_of(path) == spec.fingerprint), own)
 
 
 def refuse_tail(tail_samples: int, backend: str) -> None:

@@ -101,7 +101,8 @@ class Extension:
         self._part = part
         self._begin = time.monotonic()
         self._timing = Timing()
-        self._parts = {f: Part(f, read_manifest(f)) for f in slices(folder)}
+        manifests = {f: read_manifest(f) for f in slices(folder)}
+        self._parts = {f: Part(f, m, documents_seen=m.totals.documents) for f, m in manifests.items()}
 
     def documents_to_widen(self) -> int:
         """For the progress of `widen`."""
@@ -178,7 +179,6 @@ class _Widener:
         asked = self._widening.step.asked
         for index in todo:
             receipt, shard = cache.shards[index], cache.read_shard(index)
-            self._done.documents_seen += len(shard.documents)
             subjects = self._maker.subjects(shard.documents)
             draws = tuple(stored_draw(subjects[d.document], d) for d in shard.draws)
             self._open[receipt.range] = (receipt, shard)

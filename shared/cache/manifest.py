@@ -360,6 +360,15 @@ def _instead(root: Path) -> str:
     return f"{found}: check the path, or capture a cache with `make cache`"
 
 
+def fingerprint_of(path: Path) -> str | None:
+    """What a manifest's file says of its spec, unchecked; None where it is none or cannot be read."""
+    try:
+        found = json.loads(path.read_bytes()).get("fingerprint")
+    except (ValueError, OSError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def read_receipt(root: Folder, name: str) -> Receipt:
     """One receipt of a cache's folder, checked.
 

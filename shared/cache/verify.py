@@ -31,6 +31,7 @@ from shared.cache.remote import Folder
 from shared.cache.statistics import count_shard
 from shared.documents import Dropped
 from shared.errors import TidecacheError
+from shared.spec import differences
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ def verify(path: str | Path) -> Report:
     held_out = cache.held_out()
     caches = [cache] if held_out is None else [cache, held_out]
     problems = [problem for cache in caches for problem in _problems(cache)]
+    if caches[0].spec != caches[-1].spec:
+        fields = ", ".join(name for name, _, _ in differences(caches[0].spec, caches[-1].spec))
+        problems.append(
+            f"{caches[-1].path}: its spec differs from the cache's ({fields}): an extension was killed between the two: "
+            f"run it again"
+        )
     return Report(
         paths=tuple(c.path for c in caches),
         files=sum(len(_names(c)) for c in caches),

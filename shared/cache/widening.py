@@ -265,6 +265,7 @@ class Widening:
         """
         narrower = self.cache()
         if narrower is None:
+            self._remove_waiting()  # what this process made ready after the switch
             return read_manifest(self.folder)
         ready = [found for r in narrower.shards if (found := self._ready_receipt(r)) is not None]
         if len(ready) < len(narrower.shards):
@@ -281,10 +282,14 @@ class Widening:
             settle(self.folder, wider)
             if (self.folder / MANIFEST_FILE).read_bytes() == data:  # a capture may have put back the narrower one
                 break
+        self._remove_waiting()
+        return wider
+
+    def _remove_waiting(self) -> None:
+        """Remove the waiting receipts of this widening, which is done; those of another one stay."""
         shutil.rmtree(self.folder / self._waiting, ignore_errors=True)
         with contextlib.suppress(OSError):
             (self.folder / WIDENING_FOLDER).rmdir()
-        return wider
 
     def _remove_abandoned(self) -> None:
         """Remove what widenings that were given up, or that later ones replaced, left behind long ago."""

@@ -8,9 +8,7 @@ alone, so the later of two equal shards changes nothing.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -27,6 +25,7 @@ from shared.cache.manifest import (
     Manifest,
     Receipt,
     derive,
+    fingerprint_of,
     read_manifest,
     read_receipt,
     seal,
@@ -172,10 +171,7 @@ class CacheWriter:
 
     def _refuse_widened(self) -> None:
         """Never put back the manifest of a narrower spec."""
-        path = self.folder / MANIFEST_FILE
-        found = None
-        with contextlib.suppress(ValueError, OSError):
-            found = json.loads(path.read_bytes()).get("fingerprint")
+        found = fingerprint_of(self.folder / MANIFEST_FILE)
         if found not in (None, self.spec.fingerprint):
             raise TidecacheError(
                 f"{self.folder}: `tidecache teacher extend` has extended this cache while this capture was at work "
@@ -249,7 +245,8 @@ def _another_spec(root: Path, existing: Manifest, spec: CaptureSpec, changed: li
     if spec.fingerprint in existing.widened_from:
         advice = f"`tidecache teacher extend` has widened it since: {advice} as it has now"
     elif not unwidenable(existing.spec, spec):
-        advice = f"`tidecache teacher extend {root}` adds what it lacks; else {advice}"
+        cache = root.parent if root.name == HELD_OUT_FOLDER else root
+        advice = f"`tidecache teacher extend {cache}` adds what it lacks; else {advice}"
     return f"{root} holds a cache with another spec ({fields}): {advice}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -191,6 +192,34 @@ def test_more_draws_without_the_corpus(captured, extended, tmp_path: Path, law: 
     assert totals.cut == 1
 
 
+def test_the_held_out_part_is_extended_by_the_next_run(captured, extended) -> None:
+    """A kill between the two: `verify` says what to do, a capture is told, and the same command does it."""
+    folder = captured("cache", draws=1)
+    shutil.copytree(folder / "held-out", folder.parent / "held-out")
+    extended(folder, context="plain")
+    whole = contents(folder)
+    shutil.rmtree(folder / "held-out")
+    shutil.copytree(folder.parent / "held-out", folder / "held-out")
+    [problem] = verify(folder).problems
+    assert re.search(r"held-out: its spec differs from the cache's \(contexts\).*run it again", problem)
+    with pytest.raises(TidecacheError, match=rf"held-out holds a cache.*`tidecache teacher extend {folder}` adds"):
+        captured(folder.name, draws=1, context="both")
+    extended(folder, context="plain")
+    assert contents(folder) == whole
+
+
+def test_an_extended_cache_is_found_by_its_spec(captured, extended, teacher: Path, corpus: Path, monkeypatch) -> None:
+    """Without --out: the folder keeps its name, and a capture with the wider settings goes on in it."""
+    folder = captured("random-0123", draws=1)
+    extended(folder, context="plain")
+    before = contents(folder)
+    monkeypatch.setenv("TIDECACHE_HOME", str(folder.parent))
+    given = {"teacher": str(teacher), "corpus": str(corpus), "held_out": "0.2", "length": 128, "documents_per_shard": 4}
+    capture(**_defaults(capture) | given | {"draws": 1, "context": "both"})
+    assert [p.name for p in folder.parent.iterdir() if p.is_dir()] == [folder.name]
+    assert contents(folder) == before
+
+
 def test_a_capture_that_is_not_complete_needs_its_corpus(captured, extended) -> None:
     folder = captured("part", draws=1, part="2/2")
     with pytest.raises(TidecacheError, match=r"documents 0 to 3 are missing.*give its --corpus"):
@@ -344,8 +373,6 @@ def test_help_names_the_options() -> None:
 
 def test_what_training_advises_is_a_command(tmp_path: Path) -> None:
     """The errors of `student train` that name `tidecache teacher extend` name options that it has."""
-    import re
-
     import typer
 
     from stage2_student.config import TrainConfig, require

@@ -25,7 +25,7 @@ from tests.conftest import ROOT
 from tests.shared import test_spec
 from tests.shared.cache import synthetic
 from tests.shared.cache.test_writer import snapshot, words_of
-from tests.shared.cache.widened import widen
+from tests.shared.cache.widened import NARROW, WIDE, widen
 
 GOLD = {"lanes": ("gold",)}
 PACKED = {"codec": "packed"}
@@ -345,9 +345,28 @@ except TidecacheError as error:
     assert verify(tmp_path / "cache").problems == ()
 
 
+def test_two_extensions_of_one_cache_by_mistake(tmp_path: Path) -> None:
+    """To the same spec at the same time: both run to the end, and every byte is that of one."""
+    for name in ("one", "both"):
+        synthetic.build(tmp_path / name, documents=16, per_shard=2, **NARROW)
+    widen(tmp_path / "one", synthetic.spec(**WIDE))
+    command = [sys.executable, "-m", "tests.shared.cache.widened", "widen", str(tmp_path / "both")]
+    both = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)
+    ]
+    assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in both:
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    assert snapshot(tmp_path / "both") == snapshot(tmp_path / "one")
+
+
 def test_kills_at_every_step_on_the_disk(tmp_path: Path) -> None:
     """Every fsync, rename, link and removal in turn is the last thing that an extension does not do."""
-    command = [sys.executable, "-m", "tests.shared.cache.widened", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.shared.cache.widened", "steps", str(tmp_path)]
     out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     steps = int(out.stdout)
     assert steps > 25

@@ -1,7 +1,8 @@
 """Widening synthetic caches: the shared half of `tidecache teacher extend`, with scores that need no teacher.
 
-python -m tests.shared.cache.widened FOLDER   kill a widening at each of its steps on the disk in turn, look at what a
-                                              reader finds, go on, print the number of steps
+python -m tests.shared.cache.widened widen FOLDER   widen the cache in FOLDER after a line on stdin
+python -m tests.shared.cache.widened steps FOLDER   kill a widening at each of its steps on the disk in turn, look at what a
+                                                    reader finds, go on, print the number of steps
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def widen(folder: str | Path, wider: CaptureSpec, at_most: int | None = None) ->
     if one is None:
         return 0
     cache = one.cache()
-    assert cache is not None
+    if cache is None:  # another process was faster
+        one.commit()
+        return 0
     todo = one.todo(cache)[:at_most]
     for index in todo:
         shard = cache.read_shard(index)
@@ -97,7 +100,12 @@ def assert_one_of_both(folder: Path) -> None:
 
 
 def main() -> None:
-    root = Path(sys.argv[1])
+    root = Path(sys.argv[2])
+    if sys.argv[1] == "widen":
+        print("ready", flush=True)
+        sys.stdin.readline()
+        widen(root, synthetic.spec(**WIDE))
+        return
     synthetic.build(root / "narrow", documents=4, per_shard=2, drop=(2,), **NARROW)
     shutil.copytree(root / "narrow", root / "whole")
     widen(root / "whole", synthetic.spec(**WIDE))
