@@ -6,8 +6,8 @@ Names in manifests are not trusted: a file is copied only if it is called what t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,10 @@ import pyarrow as pa
 
 from shared.cache import files
 from shared.cache.encoding import EncodedShard, encode_stored
-from shared.cache.manifest import SHARDS_FOLDER, Receipt
+from shared.cache.manifest import SHARDS_FOLDER, FileRecord, Receipt
 from shared.cache.parquet import REMEDY, footer_of, open_parquet, parse_parquet, read_data, read_metadata
 from shared.cache.reader import Cache
-from shared.cache.records import Draw, DrawRecord, StoredDocument
+from shared.cache.records import Draw, DrawRecord, ShardRange, StoredDocument
 from shared.cache.remote import Folder
 from shared.cache.statistics import ContextStatistics
 from shared.cache.writer import CacheWriter
@@ -46,7 +46,10 @@ def document_keys(column: pa.ChunkedArray, path: Folder) -> npt.NDArray[np.void]
         DamagedError: something is no key.
     """
     try:
-        return np.frombuffer(b"".join(map(bytes.fromhex, column.to_pylist())), "V16")
+        keys = [bytes.fromhex(key) for key in column.to_pylist()]
+        if any(len(key) != 16 for key in keys):
+            raise ValueError("keys have 32 digits")
+        return np.frombuffer(b"".join(keys), "V16")
     except (ValueError, TypeError) as error:
         raise files.DamagedError(path, f"its documents have no keys ({error})", REMEDY) from error
 
@@ -74,28 +77,33 @@ def read_source(cache: Cache, index: int) -> Source:
 
 def dropped_of(cache: Cache, receipt: Receipt) -> list[tuple[int, Dropped]]:
     """The documents of the shard's range that were not captured, with their positions."""
-    path = cache.path / receipt.documents.path
-    try:
+    with _fitting(cache, receipt.documents):
         footer = footer_of(open_parquet(cache.path, receipt.documents).metadata.metadata)
         return [(int(entry[0]), Dropped(*map(str, entry[1:]))) for entry in footer["dropped"]]
-    except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise files.DamagedError(path, f"its footer does not say what was dropped ({error!r})", REMEDY) from error
 
 
 def statistics_of(cache: Cache, receipt: Receipt) -> dict[str, ContextStatistics]:
     """By context what the footers say; of two files that say it, the later one, which was written with more lanes."""
     found = {}
+    expected = ContextStatistics.zero(len(cache.spec.temperatures))
     for record in receipt.likelihoods:
-        footer = footer_of(read_metadata(cache.path, record).metadata)
-        for context, sums in footer.get("statistics", {}).items():
-            try:
+        with _fitting(cache, record):
+            footer = footer_of(read_metadata(cache.path, record).metadata)
+            for context, sums in footer.get("statistics", {}).items():
                 statistics = ContextStatistics.from_json(sums)
-            except (KeyError, ValueError, TypeError) as error:
-                path = cache.path / record.path
-                raise files.DamagedError(path, f"statistics that are none ({error!r})", REMEDY) from error
-            if statistics.tail_mass_BT.shape[-1] == len(cache.spec.temperatures):
-                found[context] = statistics
+                if all(getattr(statistics, f.name).shape == getattr(expected, f.name).shape for f in fields(expected)):
+                    found[context] = statistics
     return found
+
+
+@contextlib.contextmanager
+def _fitting(cache: Cache, record: FileRecord) -> Iterator[None]:
+    """What strangers wrote into a file is damage of it if it is not what is expected there."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        finding = f"its footer or rows are not a shard's ({type(error).__name__}: {error})"
+        raise files.DamagedError(cache.path / record.path, finding, REMEDY) from error
 
 
 def record_of(draw: Draw) -> DrawRecord:
@@ -126,7 +134,8 @@ def copy_shard(writer: CacheWriter, cache: Cache, index: int) -> Receipt:
     footers, data = [], []
     for record in (receipt.documents, *receipt.likelihoods):
         content = read_data(cache.path, record)
-        footers.append(footer_of(parse_parquet(content, cache.path / record.path).metadata.metadata))
+        with _fitting(cache, record):
+            footers.append(footer_of(parse_parquet(content, cache.path / record.path).metadata.metadata))
         data.append((record, content))
     if any(footer.get("fingerprint") != writer.spec.fingerprint for footer in footers):
         return write_again(writer, cache, index)
@@ -137,18 +146,31 @@ def write_again(writer: CacheWriter, cache: Cache, index: int) -> Receipt:
     """Commit shard `index` of a cache with the writer's spec in new files with the same rows."""
     receipt, source = cache.shards[index], read_source(cache, index)
     complete = set(source.statistics) >= set(writer.spec.contexts)
-    return writer.commit(
-        encode_stored(
-            writer.spec,
-            receipt.range,
-            source.documents,
-            source.dropped,
-            [record_of(d) for d in source.draws],
-            receipt.corpus,
-            receipt.batch_tokens,
-            {x: source.statistics[x] for x in writer.spec.contexts} if complete else None,
-        )
-    )
+    statistics = {x: source.statistics[x] for x in writer.spec.contexts} if complete else None
+    cut = replace(source, statistics=statistics or {})
+    return write_cut(writer, cache, receipt, receipt.range, cut, [record_of(d) for d in source.draws], receipt.corpus)
+
+
+def write_cut(
+    writer: CacheWriter,
+    cache: Cache,
+    receipt: Receipt,
+    shard: ShardRange,
+    source: Source,
+    records: Sequence[DrawRecord],
+    corpus: str,
+) -> Receipt:
+    """Commit what is left of a shard: `records` of the documents in `source`, whose statistics are used if there are any.
+
+    Raises:
+        TidecacheError: the rows do not fit each other, the disk is full, or the shard does not fit the writer's others.
+    """
+    with _fitting(cache, receipt.likelihoods[0]):
+        encoded = encode_stored(
+            writer.spec, shard, source.documents, source.dropped, records, corpus, receipt.batch_tokens,
+            source.statistics or None,
+        )  # fmt: skip
+    return writer.commit(encoded)
 
 
 def _as_written(receipt: Receipt) -> bool:

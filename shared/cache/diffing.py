@@ -22,8 +22,9 @@ from rich.console import Console
 
 from shared.cache import format
 from shared.cache.copying import document_keys
+from shared.cache.files import DamagedError
 from shared.cache.manifest import HELD_OUT_FOLDER
-from shared.cache.parquet import read_narrow
+from shared.cache.parquet import REMEDY, read_narrow
 from shared.cache.reader import Cache
 from shared.cache.records import ContextScores, Draw
 from shared.cache.statistics import TIMESTEP_BINS, Array, timestep_bin
@@ -236,6 +237,10 @@ class _Comparison:
                 current, draws = first, _by_key(self._ours, first)
             others = self._shard(second)
             for key in sorted(keys):
+                if key not in draws or key not in others:  # the whole file says otherwise than its narrow columns
+                    cache, index = (self._ours, first) if key not in draws else (self._theirs, second)
+                    where = cache.path / cache.shards[index].likelihoods[0].path
+                    raise DamagedError(where, "its columns do not fit each other", REMEDY)
                 self._compare(draws[key], others[key])
 
     def _shard(self, index: int) -> dict[tuple[bytes, int], Draw]:

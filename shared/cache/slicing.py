@@ -25,8 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.cache import format
-from shared.cache.copying import Source, copy_shard, finishing, read_source, record_of, refuse_nested
-from shared.cache.encoding import encode_stored
+from shared.cache.copying import Source, copy_shard, finishing, read_source, record_of, refuse_nested, write_cut
 from shared.cache.manifest import HELD_OUT_FOLDER, Manifest, Receipt
 from shared.cache.parquet import read_narrow
 from shared.cache.reader import Cache
@@ -180,8 +179,7 @@ def _write_cut(writer: CacheWriter, cache: Cache, index: int, shard: ShardRange)
         corpus = corpus_digest(keys[p] for p in sorted(keys))
     rows = [(d.stored, r) for d, r in zip(draws, records, strict=True)]
     statistics = _statistics(cache, receipt, source, writer.spec, rows, whole=shard == receipt.range)
-    encoded = encode_stored(writer.spec, shard, documents, dropped, records, corpus, receipt.batch_tokens, statistics)
-    writer.commit(encoded)
+    write_cut(writer, cache, receipt, shard, Source(documents, dropped, draws, statistics), records, corpus)
 
 
 def _cut_record(spec: CaptureSpec, draw: Draw) -> DrawRecord:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from shared.cache.manifest import FileRecord, derive, read_manifest, seal
 from shared.cache.merging import merge_caches
-from shared.cache.parquet import encode
+from shared.cache.parquet import encode, footer_of
 from shared.cache.reader import Cache
 from shared.cache.records import ShardRange
+from shared.cache.slicing import Cut, slice_cache
 from shared.cache.verify import verify
 from shared.cache.writer import CacheWriter
 from shared.documents import Dropped
@@ -91,10 +93,6 @@ def test_another_pyarrow_may_have_written_the_same_documents(once: Path, tmp_pat
 
 def _written_otherwise(path: Path) -> bytes:
     """The same rows and footer, other bytes."""
-    import pyarrow.parquet as pq
-
-    from shared.cache.parquet import footer_of
-
     table = pq.read_table(path)
     return encode(table, {**footer_of(pq.read_metadata(path).metadata), "zzz": "another writer"})
 
@@ -105,10 +103,6 @@ def test_a_widened_shard_is_written_anew(once: Path, tmp_path: Path) -> None:
     cache = Cache.open(tmp_path / "a")
     receipt, *others = cache.shards
     path = tmp_path / "a" / receipt.likelihoods[0].path
-    import pyarrow.parquet as pq
-
-    from shared.cache.parquet import footer_of
-
     data = encode(pq.read_table(path), {**footer_of(pq.read_metadata(path).metadata), "fingerprint": "0" * 32})
     path.write_bytes(data)
     old = receipt.likelihoods[0]
@@ -215,3 +209,24 @@ def test_the_command(once: Path, parts: list[Path], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "10 documents, 40 draws, 6 documents held out" in done.stdout
     assert read_manifest(tmp_path / "out").content == read_manifest(once).content
+
+
+@pytest.mark.parametrize(
+    "footer", [{"statistics": [1]}, {"statistics": {"plain": {"kl_BT": "x"}}}, {"dropped": [1]}, {"dropped": None}]
+)
+def test_footers_that_are_none_end_in_one_line(footer: dict, tmp_path: Path) -> None:
+    """A hostile cache, digests and all in order, whose shard must be written anew."""
+    capture(tmp_path / "a", 4, 2)
+    cache = Cache.open(tmp_path / "a")
+    receipt = cache.shards[0]
+    name = "documents" if "dropped" in footer else "likelihoods"
+    record = receipt.documents if name == "documents" else receipt.likelihoods[0]
+    path = tmp_path / "a" / record.path
+    data = encode(pq.read_table(path), {**footer_of(pq.read_metadata(path).metadata), **footer})
+    path.write_bytes(data)
+    changed = FileRecord.of(record.path, data, record.rows, record.columns)
+    evil = dataclasses.replace(receipt, **{name: changed if name == "documents" else (changed,)})
+    manifest = derive(cache.spec, cache.manifest.vocabulary, [evil])
+    (tmp_path / "a" / "manifest.json").write_bytes(seal(manifest.to_json()))
+    with pytest.raises(TidecacheError, match="not a shard's"):
+        slice_cache(tmp_path / "a", tmp_path / "out", Cut(k=1))
