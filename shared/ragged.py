@@ -23,5 +23,8 @@ def within(count_S: npt.NDArray[np.integer[Any]]) -> IntArray:
 
 def sums(value_N: npt.NDArray[Any], count_S: npt.NDArray[np.integer[Any]]) -> IntArray:
     """The sum of each list's whole numbers; a list may be empty."""
-    total_N = np.concatenate([[0], np.cumsum(value_N, dtype=np.int64)])
-    return np.asarray(np.diff(total_N[np.concatenate([[0], np.cumsum(count_S)])]))
+    full = np.flatnonzero(count_S)
+    sum_S = np.zeros(len(count_S), dtype=np.int64)
+    if len(full):
+        sum_S[full] = np.add.reduceat(value_N, (np.cumsum(count_S) - count_S)[full], dtype=np.int64)
+    return sum_S

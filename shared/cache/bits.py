@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from shared.ragged import ranges, sums, within
+from shared.ragged import ranges, within
 
 IntArray = npt.NDArray[np.int64]
 MAX_WIDTH = 32
@@ -25,11 +25,14 @@ class BitWriter:
     """
 
     def __init__(self) -> None:
-        self._parts: list[tuple[IntArray, IntArray, IntArray, IntArray | int]] = []  # counts, values, bits, zeros ahead
+        self._parts: list[
+            tuple[IntArray, IntArray, IntArray, IntArray]
+        ] = []  # counts, values, their places in the part, lengths
 
     def varying(self, count_R: IntArray, values_N: IntArray, width_N: IntArray) -> None:
         """Each value in a width of its own, at most `MAX_WIDTH`, which must be enough for it."""
-        self._parts.append((count_R, values_N, width_N, 0))
+        stop_N = np.cumsum(width_N)
+        self._add(count_R, values_N, stop_N - width_N, stop_N)
 
     def fixed(self, count_R: IntArray, values_N: IntArray, width_R: int | IntArray) -> None:
         """Each value in the width of its stream."""
@@ -37,22 +40,30 @@ class BitWriter:
 
     def unary(self, count_R: IntArray, values_N: IntArray) -> IntArray:
         """Each value in unary; the number of bits that all take, by stream."""
-        self._parts.append((count_R, np.ones_like(values_N), values_N + 1, values_N))
-        return sums(values_N, count_R) + count_R
+        stop_N = np.cumsum(values_N + 1)
+        return self._add(count_R, np.ones_like(values_N), stop_N - 1, stop_N)
+
+    def _add(self, count_R: IntArray, value_N: IntArray, start_N: IntArray, stop_N: IntArray) -> IntArray:
+        """Values that start at these bits of all streams' parts together, each value's part ending before `stop_N`; the
+        number of bits by stream.
+        """
+        edge_R = np.concatenate([[0], stop_N])[np.concatenate([[0], np.cumsum(count_R)])]
+        start_N = start_N - np.repeat(edge_R[:-1], count_R)
+        length_R = np.diff(edge_R)
+        self._parts.append((count_R, value_N, start_N, length_R))
+        return np.asarray(length_R)
 
     def to_streams(self) -> list[bytes]:
         """The whole streams, each filled up with zeros to a whole byte."""
-        length_RS = np.stack([sums(bits_N, count_R) for count_R, _, bits_N, _ in self._parts], axis=1)
+        length_RS = np.stack([length_R for *_, length_R in self._parts], axis=1)
         bytes_R = (length_RS.sum(1) + 7) // 8
         stop_R = np.cumsum(bytes_R)
         start_RS = 8 * (stop_R - bytes_R)[:, None] + np.cumsum(length_RS, axis=1) - length_RS
         word_W = np.zeros(int(stop_R[-1]) // 4 + 2, dtype=np.uint64)
-        for part, (count_R, value_N, bits_N, zeros_N) in enumerate(self._parts):
+        for part, (count_R, value_N, within_N, _) in enumerate(self._parts):
             if not len(value_N):
                 continue
-            ahead_N = np.cumsum(bits_N) - bits_N
-            first_R = np.concatenate([ahead_N, [0]])[np.cumsum(count_R) - count_R]
-            start_N = ahead_N + zeros_N + np.repeat(start_RS[:, part] - first_R, count_R)
+            start_N = within_N + np.repeat(start_RS[:, part], count_R)
             window_N = value_N << (start_N & 31)  # of the word that it starts in and the next
             first_N = start_N >> 5
             runs = np.flatnonzero(np.diff(first_N, prepend=-1))  # the values that start in one word
