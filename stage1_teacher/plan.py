@@ -32,7 +32,8 @@ from stage1_teacher.plan_sample import GROUPS, RUN_DRAWS, Run, Scan, Scored, pre
 from stage1_teacher.shards import ShardMaker
 
 NEGLECTED = 0.01  # relative error of the scaling itself
-LEAST_SPREAD = 0.15  # relative; no machine keeps its speed better for hours
+LEAST_SPREAD, MOST_SPREAD = 0.15, 1.0  # relative; no machine keeps its speed better for hours
+BUSY = 1.0  # processes per CPU that want to run, above which others take time from this one
 UNIT_OF_COLUMN = {"document": "documents", "position": "rows", "draw": "rows", "timestep": "rows", "masked": "chunks"}
 
 
@@ -104,6 +105,7 @@ def make_plan(draft: Draft, documents: int) -> Plan:
         "documents_scored": scored.documents,
         "draws_scored": scored.draws,
         "load_average": _load_average(),
+        "cpu_share": _cpu_share(scored),
     }
     return _add_up(spec, extent, found, runs, scored, _vocabulary_bytes(draft.tokenizer), measured)
 
@@ -117,6 +119,16 @@ def _vocabulary_bytes(tokenizer: TextTokenizer) -> int:
 def _load_average() -> float:
     """Processes that want to run, per CPU that there is; 0 where the system doesn't say."""
     return round(os.getloadavg()[0] / (os.cpu_count() or 1), 2) if hasattr(os, "getloadavg") else 0.0
+
+
+def _cpu_share(scored: Scored) -> float:
+    """The share of its threads' time that a teacher on CPUs really ran; 1 where it runs elsewhere."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 1.0
+    wanted = sum(g.seconds for g in scored.groups) * torch.get_num_threads()
+    return round(min(1.0, sum(g.cpu_seconds for g in scored.groups) / wanted), 3)
 
 
 @dataclass(frozen=True)
@@ -239,15 +251,20 @@ def _seconds(
     """(least, most) of a whole capture.
 
     The teacher, preparing and encoding run side by side: at best the slowest of them decides, at worst they take turns.
-    Groups of the sample differ in speed, and so will the hours to come. Where more processes wanted to run than there
-    are CPUs, an idle machine would be faster by that factor at most.
+    Groups of the sample differ in speed, and so will the hours to come. On a busy machine the least is what an idle one
+    would take, by the share of the CPUs that this process got, and the most allows for twice as many others.
     """
+    seconds = sum(g.seconds for g in scored.groups)
     speeds = np.array([g.positions / g.seconds for g in scored.groups if g.positions])
-    mean = sum(g.positions for g in scored.groups) / sum(g.seconds for g in scored.groups)
-    spread = max(LEAST_SPREAD, 2 * float(speeds.std()) / mean)
+    mean = sum(g.positions for g in scored.groups) / seconds
+    spread = min(max(LEAST_SPREAD, 2 * float(speeds.std()) / mean), MOST_SPREAD)
     teacher = tokens * len(spec.contexts) / mean
     encoding = sum(g.encoding_seconds for g in scored.groups) * tokens * len(spec.contexts)
     encoding /= max(sum(g.positions for g in scored.groups), 1)
-    least = max(teacher / (1 + spread), preparing, encoding) / max(measured["load_average"], 1.0)
+    least = max(teacher / (1 + spread), preparing, encoding)
     most = teacher * (1 + spread) + preparing + encoding
+    load = measured["load_average"]
+    if load > BUSY:
+        least *= max(measured["cpu_share"], 1 / load)
+        most *= 2
     return measured["load_seconds"] + least, measured["load_seconds"] + most

@@ -208,12 +208,13 @@ def _run(
 
 @dataclass(frozen=True)
 class Group:
-    """Some documents through the teacher: positions over all contexts, seconds in the teacher and for fillings and
-    encoding, and bytes of the columns in a file of their own.
+    """Some documents through the teacher: positions over all contexts, seconds in the teacher (by the clock, and of this
+    process' CPUs) and for fillings and encoding, and bytes of the columns in a file of their own.
     """
 
     positions: int
     seconds: float
+    cpu_seconds: float
     encoding_seconds: float
     size_bytes: int
 
@@ -270,15 +271,15 @@ def score_sample(
     score_shard(teacher, maker.k, jobs[0], _Unheard())  # warm-up: first kernels, allocations, compilation
     groups, records = [], []
     for job in jobs:
-        begin = time.monotonic()
+        begin, cpu_begin = time.monotonic(), time.process_time()
         scores, _ = score_shard(teacher, maker.k, job, _Unheard())
-        middle = time.monotonic()
+        middle, cpu_seconds = time.monotonic(), time.process_time() - cpu_begin
         found = records_of(spec, job.draws, scores)
         data = _likelihoods(spec, job.subjects, draws, found)
         end = time.monotonic()
         records += found
         size_bytes = sum(column_bytes(pq.read_metadata(pa.BufferReader(data))).values())
-        groups.append(Group(job.positions, middle - begin, end - middle, size_bytes))
+        groups.append(Group(job.positions, middle - begin, cpu_seconds, end - middle, size_bytes))
     return _encoded(spec, extent, subjects, draws, records, tuple(groups))
 
 
