@@ -1,16 +1,16 @@
 """How many bytes does a cache take for a scored teacher token, how exact is it, and how fast are its codecs?
 
-    python bench/codec.py [--only embedded,zipf,uniform] [--documents 64] [--repeat 3]
+    python bench/codec.py [--only embedded,zipf,uniform,single] [--documents 64] [--repeat 3]
 
 Targets: gold lane with timestep, masks and splits ≤ 3 bytes; topk lane with gold and log Z ≤ 44 at k = 16, ≤ 160 at k = 64;
-KL between the exact and the stored distribution over the k fillings and *other* ≤ 1e-4 nats. Three samples:
+KL between the exact and the stored distribution over the k fillings and *other* ≤ 1e-4 nats. Four samples:
 
 - embedded: the embedded teacher's float32 output on library modules (V = 8192, compdemo, 4 draws each), as a capture has it;
-- zipf, uniform: V = 157184 and documents of 640 teacher tokens in chunks of 1 to 3 (85, 10 and 5 %), 4 draws each. For each
+- zipf, uniform, single: V = 157184 and documents of 640 teacher tokens in chunks of 1 to 3 (85, 10 and 5 %), 4 draws each. For each
   masked token the probability of rank r is proportional to r^−a, a ~ U(1, 4), the first 64 times U(0.7, 1) and sorted
   again; log Z is that of all V ranks. The ids are drawn without replacement, zipf: so that their logarithm is uniform,
-  independently for each token (a real teacher's repeat more); uniform: all alike, which is the worst that there can be.
-  Fillings of longer chunks are the k best sums, as always.
+  independently for each token (a real teacher's repeat more); uniform: all alike. Fillings of longer chunks are the k best
+  sums, as always. single: uniform, and all chunks of one token, since longer ones take less: the worst that there can be.
 
 Bytes are those of the shard file that the writer makes of the sample, Parquet and zstd included: *topk* are the lane's column
 chunks, *all* the whole file with footers. KL: mean and maximum over chunks at T = 1 and 2. *error*: mean and maximum of a stored
@@ -125,7 +125,8 @@ def embedded(documents: int) -> Sample:
 def synthetic(name: str, documents: int) -> Sample:
     rng, words = np.random.default_rng(0), reading.vocabulary()
     spec = reading.spec_of(max(KS), "raw")
-    numbered = [(p, reading.document(rng, words, p)) for p in range(documents)]
+    lengths = (1.0,) if name == "single" else (0.85, 0.1, 0.05)
+    numbered = [(p, reading.document(rng, words, p, lengths)) for p in range(documents)]
     records = [synthetic_draw(rng, spec, name, p, d, i) for p, d in numbered for i in range(DRAWS)]
     return Sample(name, spec, words, numbered, records)
 
@@ -293,7 +294,7 @@ def speed(cut: Sample, repeat: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="embedded,zipf,uniform", help="samples, parted by commas")
+    parser.add_argument("--only", default="embedded,zipf,uniform,single", help="samples, parted by commas")
     parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()

@@ -77,9 +77,12 @@ def zipf(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.minimum(np.exp(rng.random(count) * np.log(VOCABULARY)).astype(np.int64), VOCABULARY - 1)
 
 
-def document(rng: np.random.Generator, words: TeacherVocabulary, position: int) -> PreparedDocument:
+def document(
+    rng: np.random.Generator, words: TeacherVocabulary, position: int, lengths: Sequence[float] = (0.85, 0.1, 0.05)
+) -> PreparedDocument:
+    """`lengths`: shares of the chunks of 1, 2, … teacher tokens."""
     ids_L = zipf(rng, TOKENS)
-    count_C = rng.choice([1, 2, 3], TOKENS, p=[0.85, 0.1, 0.05])
+    count_C = rng.choice(np.arange(1, len(lengths) + 1), TOKENS, p=lengths)
     stop_C = np.unique(np.minimum(np.cumsum(count_C), TOKENS))
     edges = np.concatenate([[0], np.cumsum([len(words.token_bytes[i]) for i in ids_L])])
     bounds = edges[np.concatenate([[0], stop_C])]
