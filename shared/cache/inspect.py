@@ -111,21 +111,26 @@ def inspect_cache(path: str | Path, sample: int = SAMPLE) -> Inspection:
 
 
 class _Sizes:
-    """Compressed bytes by lane."""
+    """Compressed bytes by lane; what is in no lane comes last."""
 
     def __init__(self) -> None:
-        self.by_lane: dict[str, int] = {}
+        self._lanes: dict[str, int] = {}
+        self._footers = 0
+
+    @property
+    def by_lane(self) -> dict[str, int]:
+        return {**self._lanes, "footers": self._footers} if self._footers else self._lanes
 
     def add_file(self, lane: str, record: FileRecord) -> None:
-        self.by_lane[lane] = self.by_lane.get(lane, 0) + record.size_bytes
+        self._lanes[lane] = self._lanes.get(lane, 0) + record.size_bytes
 
     def add_columns(self, record: FileRecord, metadata: Any) -> None:
         """A likelihoods file by column; what is no column (footer, page index) comes under its own name."""
         sizes = column_bytes(metadata)
         for name, size in sizes.items():
             lane = lane_of(name) if name in record.columns else SUPERSEDED
-            self.by_lane[lane] = self.by_lane.get(lane, 0) + size
-        self.by_lane["footers"] = self.by_lane.get("footers", 0) + record.size_bytes - sum(sizes.values())
+            self._lanes[lane] = self._lanes.get(lane, 0) + size
+        self._footers += record.size_bytes - sum(sizes.values())
 
 
 def lane_of(column: str) -> str:

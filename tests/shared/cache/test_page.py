@@ -243,7 +243,7 @@ def test_every_kind_of_colour_vision_tells_the_steps_apart(theme, vision):
         assert np.linalg.norm(steps[a] - steps[b]) >= 12, (a, b)
 
 
-@pytest.mark.parametrize("changes", [{"lanes": ("gold",)}, {"temperatures": (1.0,)}])
+@pytest.mark.parametrize("changes", [{"lanes": ("gold",)}, {"temperatures": (1.0,)}, {"codec": "packed"}])
 def test_pages_of_other_caches(tmp_path, changes):
     text = page(inspect_cache(hostile_cache(tmp_path, **changes)), read_excerpts(open_cache(tmp_path), 2))
     assert ("Tail mass" in text) == ("lanes" not in changes)
