@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from shared.cache import open_cache
+from shared.cache.merging import merge_caches
+from shared.cache.slicing import Cut, slice_cache
 from shared.cache.verify import verify
 from shared.errors import TidecacheError
 from shared.spec import TeacherSpec
@@ -206,6 +208,19 @@ def test_the_held_out_part_is_extended_by_the_next_run(captured, extended) -> No
         captured(folder.name, draws=1, context="both")
     extended(folder, context="plain")
     assert contents(folder) == whole
+
+
+def test_a_slice_takes_an_extension_back(captured, extended, tmp_path: Path) -> None:
+    """And a merge puts the rows of its several files into one file again."""
+    folder = captured("grown", draws=1, k=3)
+    before = contents(folder)
+    extended(folder, draws=2, k=5)
+    merge_caches([folder], tmp_path / "merged")
+    assert contents(tmp_path / "merged") == contents(folder) != before
+    assert {len(r.likelihoods) for r in open_cache(tmp_path / "merged").shards} == {1}
+    slice_cache(folder, tmp_path / "slice", Cut(draws=1, k=3))
+    assert contents(tmp_path / "slice") == before
+    assert verify(tmp_path / "slice").problems == verify(tmp_path / "merged").problems == ()
 
 
 def test_an_extended_cache_is_found_by_its_spec(captured, extended, teacher: Path, corpus: Path, monkeypatch) -> None:
