@@ -35,6 +35,7 @@ from shared.ragged import within
 from shared.spec import differences
 
 SHARDS_KEPT = 4  # of the second cache
+EXAMPLES = 3  # names of documents that only one of the caches has
 _ROW = np.dtype([("document", "V16"), ("draw", np.int32), ("shard", np.int32)])
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -113,6 +114,7 @@ class Difference:
     contents: tuple[str, str]
     documents: tuple[int, int, int]
     draws: tuple[int, int, int]
+    alone: tuple[list[str], list[str]] = ([], [])  # names of a few documents that only the first, only the second has
     other_documents: int = 0  # in both, with other text, chunks or teacher tokens
     other_draws: int = 0  # in both, with another timestep, other masks or another split
     compared: int = 0
@@ -136,6 +138,8 @@ class Difference:
             "content": self.contents,
             "documents": dict(zip(names, self.documents, strict=True)),
             "draws": dict(zip(names, self.draws, strict=True)),
+            "documents_only_in_first": self.alone[0],
+            "documents_only_in_second": self.alone[1],
             "documents_that_differ": self.other_documents,
             "draws_that_differ": self.other_draws,
             "draws_compared": self.compared,
@@ -176,6 +180,10 @@ def _diff(ours: Cache, theirs: Cache) -> Difference:
     first, second = (np.unique(r["document"]) for r in rows)
     both = len(np.intersect1d(first, second, assume_unique=True))
     found.documents = (both, len(first) - both, len(second) - both)
+    found.alone = (
+        _names(ours, rows[0], np.setdiff1d(first, second, assume_unique=True)),
+        _names(theirs, rows[1], np.setdiff1d(second, first, assume_unique=True)),
+    )
     shards = _common_draws(*rows)
     common = sum(len(numbers) for numbers in shards.values())
     found.draws = (common, len(rows[0]) - common, len(rows[1]) - common)
@@ -195,6 +203,18 @@ def _rows(cache: Cache) -> npt.NDArray[np.void]:
         rows["draw"], rows["shard"] = table["draw"].to_numpy(), index
         parts.append(rows)
     return np.sort(np.concatenate(parts), order=("document", "draw"))
+
+
+def _names(cache: Cache, rows: npt.NDArray[np.void], keys: npt.NDArray[np.void]) -> list[str]:
+    """The names of the first few of these documents in the order of the cache."""
+    chosen = rows[np.isin(rows["document"], keys)]
+    found: dict[str, None] = {}
+    for index in np.unique(chosen["shard"])[:EXAMPLES].tolist():
+        wanted = {key.tobytes().hex() for key in np.unique(chosen["document"][chosen["shard"] == index])}
+        found |= {d.name: None for d in cache.read_documents(index) if d.key in wanted}
+        if len(found) >= EXAMPLES:
+            break
+    return list(found)[:EXAMPLES]
 
 
 def _common_draws(
@@ -355,6 +375,10 @@ def _render_one(found: Difference, console: Console) -> None:
     ):
         table.add_row(name, *(f"{n:,}" for n in counts), f"{other:,}")
     console.print(table)
+    for which, few, count in zip(("first", "second"), found.alone, found.documents[1:], strict=True):
+        if few:
+            listed = ", ".join(map(printable, few)) + (", …" if count > len(few) else "")
+            console.print(f"only in the {which}: {listed}", markup=False, soft_wrap=True)
     console.print(f"content: {'the same' if found.contents[0] == found.contents[1] else 'different'}")
     _render_gold(found, console)
     for context, c in found.contexts.items():

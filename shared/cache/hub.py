@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,12 +63,17 @@ def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
         if status in (401, 403):
             raise TidecacheError(f"{repo}: your token may not do that (HTTP {status}): {login}") from error
         raise TidecacheError(f"{repo}: the Hub answers with an error ({_line(error)}); run this again") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TidecacheError(f"{repo}: the disk is full: free some space and run this again") from error
+        raise TidecacheError(_unreachable(repo, error)) from error
     except Exception as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        raise TidecacheError(
-            f"{repo}: the Hub cannot be reached, or gave something else ({_line(cause)}); run this again, it goes on from "
-            f"there"
-        ) from error
+        raise TidecacheError(_unreachable(repo, cause)) from error
+
+
+def _unreachable(repo: str, error: BaseException) -> str:
+    return f"{repo}: the Hub cannot be reached, or gave something else ({_line(error)}); run this again, it goes on from there"
 
 
 def _line(error: BaseException) -> str:

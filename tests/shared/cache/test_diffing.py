@@ -77,6 +77,8 @@ def test_extents(cache: Path, tmp_path: Path) -> None:
     assert not found.same
     assert (found.documents, found.draws) == ((8, 0, 2), (16, 8, 4))
     assert (found.other_documents, found.other_draws, found.compared) == (0, 0, 16)
+    assert found.alone == ([], ["document 8", "document 9"])
+    assert "only in the second: document 8, document 9\n" in text_of(found)
     assert all(c.largest.value == 0.0 for c in found.contexts.values())
     assert found.contexts["plain"].best == found.contexts["plain"].chunks_B.sum() > 0
     back = diff_caches(tmp_path / "b", cache)

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from shared.cache.copying import copy_shard
 from shared.cache.manifest import FileRecord, derive, read_manifest, seal
 from shared.cache.merging import merge_caches
 from shared.cache.parquet import encode, footer_of
@@ -62,6 +65,24 @@ def test_draws_and_documents_in_any_order(once: Path, tmp_path: Path) -> None:
     assert merged.manifest.content == read_manifest(once).content
     assert merged.manifest.totals == read_manifest(once).totals
     assert merged.held_out is None
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.sets(st.integers(0, 2), min_size=1), min_size=6, max_size=6))
+def test_any_partition_of_the_shards(once: Path, tmp_path_factory: pytest.TempPathFactory, holders: list[set]) -> None:
+    """Each shard in one cache or several: the whole comes out, and each is there once."""
+    folder = tmp_path_factory.mktemp("partition")
+    whole = Cache.open(once)
+    assert len(whole.shards) == len(holders)
+    for part in range(3):
+        writer = CacheWriter.open(folder / str(part), whole.spec, whole.vocabulary())
+        for index, held_by in enumerate(holders):
+            if part in held_by:
+                copy_shard(writer, whole, index)
+        writer.finish()
+    merged = merge_caches([folder / str(part) for part in range(3)], folder / "out")
+    assert merged.manifest == whole.manifest
+    assert merged.repeated == sum(len(held_by) - 1 for held_by in holders)
 
 
 def test_the_output_may_be_there_already(once: Path, parts: list[Path], tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shared.cache import files
 from shared.cache.copying import record_of, statistics_of
@@ -156,6 +158,34 @@ def test_shards_that_stay_as_they_are_are_copied(source: Path, tmp_path: Path) -
     copied = [n for n in after if n.startswith("shards/")]
     assert copied
     assert all(before[name] == after[name] for name in copied)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    st.integers(1, 10), st.integers(1, 4), st.integers(1, 4), st.sampled_from([BOTH, BOTH[:1], BOTH[1:]]), st.booleans()
+)
+def test_any_slice_has_the_rows_that_were_asked_for(
+    source: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    documents: int,
+    draws: int,
+    k: int,
+    contexts: tuple[str, ...],
+    drop: bool,
+) -> None:
+    out = tmp_path_factory.mktemp("any") / "slice"
+    slice_cache(source, out, Cut(documents, draws, contexts, k, drop))
+    rows = list(Cache.open(source).iter_draws())
+    kept = sorted({d.stored.position for d in rows})[:documents]
+    expected = [d for d in rows if d.stored.position in kept and d.draw < draws]
+    for ours, theirs in zip(Cache.open(out).iter_draws(), expected, strict=True):
+        assert (ours.document, ours.draw, ours.timestep) == (theirs.document, theirs.draw, theirs.timestep)
+        assert set(ours.scores) == set(contexts)
+        for context in contexts:
+            a, b = (dataclasses.replace(d, context=context) for d in (ours, theirs))
+            np.testing.assert_array_equal(a.gold_logp, b.gold_logp)
+            if not drop:
+                assert a.candidates == [fillings[:k] for fillings in b.candidates]
 
 
 def test_a_slice_grows_like_any_cache(source: Path, tmp_path: Path) -> None:
