@@ -38,6 +38,11 @@ class DamagedError(TidecacheError):
     def __init__(self, path: str | Folder, finding: str, remedy: str) -> None:
         super().__init__(f"{path}: {finding}; {remedy}")
         self.finding = f"{path}: {finding}"
+        self._parts = (path, finding, remedy)
+
+    def __reduce__(self) -> tuple[type[DamagedError], tuple[str | Folder, str, str]]:
+        """So that it can leave a loader process."""
+        return type(self), self._parts
 
 
 class MissingError(DamagedError):
