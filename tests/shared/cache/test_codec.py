@@ -18,7 +18,7 @@ from shared.cache.slicing import Cut, slice_cache
 from shared.cache.stream import DrawStream
 from shared.cache.verify import verify
 from shared.errors import TidecacheError
-from tests.shared.cache import synthetic
+from tests.shared.cache import resealed, synthetic
 
 SHAPE = {"contexts": ("compdemo", "plain"), "temperatures": (1.0, 2.0, 0.5), "k": 16, "tail_samples": 2}
 
@@ -189,6 +189,38 @@ def test_another_document_s_chunks_are_refused(folders):
                 format.draws_of(part, spec, {key: turned}, "plain", synthetic.vocabulary())
             refused += same
     assert refused
+
+
+def test_bytes_that_were_changed_in_agreement_with_every_digest(folders, tmp_path):
+    """Made to do harm: refused in one line, or other values in their bounds, which `verify` finds by the content digest."""
+    rng = np.random.default_rng(0)
+    refused = 0
+    for number in range(25):
+
+        def changed(table: pa.Table) -> pa.Table:
+            def other(values: list[bytes]) -> list[bytes]:
+                row = max(range(len(values)), key=lambda r: len(values[r]))
+                data = bytearray(values[row])
+                at = rng.integers(0, len(data) if rng.random() < 0.5 else 60)
+                data[at] ^= 1 + rng.integers(255)
+                return [*values[:row], bytes(data), *values[row + 1 :]]
+
+            return with_packed(table, other)
+
+        root = resealed.rows(folders / "packed", tmp_path / str(number), "likelihoods", changed)
+        assert resealed.outcome(resealed.WAYS["verify"], root) is not None
+        try:
+            draws = list(open_cache(root).iter_draws(context="plain"))
+        except TidecacheError as error:
+            assert "plain_topk_packed, row" in str(error)
+            refused += 1
+            continue
+        for draw in draws:
+            ids = draw.scores["plain"].topk_ids
+            assert len(ids) == 16 * draw.token_count_M.sum()
+            assert 0 <= ids.min(initial=0) <= ids.max(initial=0) < synthetic.VOCABULARY
+            assert (np.diff(draw.scores["plain"].topk_logp_MK) <= 0).all()
+    assert 0 < refused < 25
 
 
 def test_more_ids_than_a_file_may_have_are_refused_before_memory_is_taken():
