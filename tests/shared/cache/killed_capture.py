@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from shared.cache import files
@@ -33,12 +35,12 @@ def capture(folder: Path, shards: list[ShardRange]) -> None:
     writer.finish()
 
 
-def run_forked(folder: Path, kill_at: int) -> bool:
-    """Capture in a child that kills itself before its `kill_at`-th step on the disk; whether it was killed."""
+def run_forked(work: Callable[[], None], kill_at: int) -> bool:
+    """Work in a child that kills itself before its `kill_at`-th step on the disk (0: never); whether it was killed."""
     child = os.fork()
     if child == 0:
         arm(kill_at)
-        capture(folder, FEW_SHARDS)
+        work()
         os._exit(0)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
@@ -52,16 +54,16 @@ def arm(kill_at: int) -> None:
     steps = 0
 
     def counted(function):
-        def step(*arguments):
+        def step(*arguments, **keywords):
             nonlocal steps
             steps += 1
             if steps == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments)
+            return function(*arguments, **keywords)
 
         return step
 
-    for name in ("fsync", "replace", "link"):
+    for name in ("fsync", "replace", "link", "rmdir"):
         setattr(files.os, name, counted(getattr(os, name)))
     files.fsync_folder = counted(files.fsync_folder)
 
@@ -76,8 +78,8 @@ def main() -> None:
         return
     capture(folder / "whole", FEW_SHARDS)  # in this process, so that its children start warm
     step = 1
-    while run_forked(folder / f"{step}", step):
-        run_forked(folder / f"{step}", 0)
+    while run_forked(partial(capture, folder / f"{step}", FEW_SHARDS), step):
+        run_forked(partial(capture, folder / f"{step}", FEW_SHARDS), 0)
         step += 1
     print(step - 1)
 

@@ -6,14 +6,13 @@ STRIDE-th step n, FOLDER/n: killed there, then run again; prints the last such s
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from shared.cache.merging import merge_caches
 from shared.cache.slicing import Cut, slice_cache
-from tests.shared.cache.killed_capture import arm
+from tests.shared.cache.killed_capture import run_forked
 
 CUT = Cut(documents=5, draws=3, contexts=("plain",), k=2)
 
@@ -26,27 +25,13 @@ def merge(sources: Path, out: Path) -> None:
     merge_caches([sources / "a", sources / "b"], out)
 
 
-def run_forked(work: Callable[[Path, Path], None], sources: Path, out: Path, kill_at: int) -> bool:
-    """Work in a child that kills itself before its `kill_at`-th step on the disk; whether it was killed."""
-    child = os.fork()
-    if child == 0:
-        arm(kill_at)
-        work(sources, out)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return True
-    assert os.WEXITSTATUS(status) == 0
-    return False
-
-
 def main() -> None:
     work = {"slice": slice_, "merge": merge}[sys.argv[1]]
     sources, folder = Path(sys.argv[2]), Path(sys.argv[3])
     work(sources, folder / "whole")  # in this process, so that its children start warm
     step, stride = 1, int(sys.argv[4])
-    while run_forked(work, sources, folder / f"{step}", step):
-        run_forked(work, sources, folder / f"{step}", 0)
+    while run_forked(partial(work, sources, folder / f"{step}"), step):
+        run_forked(partial(work, sources, folder / f"{step}"), 0)
         step += stride
     print(step - stride)
 

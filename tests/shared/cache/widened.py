@@ -7,20 +7,20 @@ python -m tests.shared.cache.widened steps FOLDER   kill a widening at each of i
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from shared.cache import files, open_cache, widening
+from shared.cache import open_cache
 from shared.cache.records import Draw
 from shared.cache.verify import verify
 from shared.cache.widening import Widening
 from shared.spec import CONTEXTS, CaptureSpec
 from tests.shared.cache import synthetic
+from tests.shared.cache.killed_capture import run_forked
 
 NARROW, WIDE = {"lanes": ("gold",), "contexts": ("plain",)}, {"contexts": ("compdemo", "plain")}
 
@@ -54,40 +54,6 @@ def widen(folder: str | Path, wider: CaptureSpec, at_most: int | None = None) ->
     return len(todo)
 
 
-def arm(kill_at: int) -> None:
-    """Let this process kill itself before its `kill_at`-th step on the disk."""
-    steps = 0
-
-    def counted(function):
-        def step(*arguments, **keywords):
-            nonlocal steps
-            steps += 1
-            if steps == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **keywords)
-
-        return step
-
-    for name in ("fsync", "replace", "link"):
-        setattr(files.os, name, counted(getattr(os, name)))
-    files.fsync_folder = counted(files.fsync_folder)
-    widening.shutil.rmtree = counted(shutil.rmtree)
-
-
-def run_forked(folder: Path, kill_at: int) -> bool:
-    """Widen in a child that kills itself before its `kill_at`-th step; whether it was killed."""
-    child = os.fork()
-    if child == 0:
-        arm(kill_at)
-        widen(folder, synthetic.spec(**WIDE))
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return True
-    assert os.WEXITSTATUS(status) == 0
-    return False
-
-
 def assert_one_of_both(folder: Path) -> None:
     """A reader finds the narrower cache or the wider one, whole."""
     cache = open_cache(folder)
@@ -113,10 +79,10 @@ def main() -> None:
     while True:
         folder = root / f"{step}"
         shutil.copytree(root / "narrow", folder)
-        if not run_forked(folder, step):
+        if not run_forked(partial(widen, folder, synthetic.spec(**WIDE)), step):
             break
         assert_one_of_both(folder)
-        run_forked(folder, 0)
+        run_forked(partial(widen, folder, synthetic.spec(**WIDE)), 0)
         assert verify(folder).problems == ()
         step += 1
     print(step - 1)
