@@ -89,8 +89,14 @@ class Display(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Show the numbers of a training step."""
-        if not logs or not state.is_world_process_zero or "ce" not in logs:
+        """Show the numbers of a training step, or of a held-out evaluation."""
+        if not logs or not state.is_world_process_zero:
+            return
+        if "eval_bits_per_byte" in logs:
+            self.bar.console.print(
+                f"step {state.global_step:,}  {held_out_line(logs)}", soft_wrap=True, highlight=False
+            )
+        if "ce" not in logs:
             return
         if self.console.is_terminal:
             self.bar.update(self.task, line=short_line(logs))
@@ -133,3 +139,11 @@ def long_line(logs: dict[str, Any]) -> str:
         f"{logs['peak_memory_gib']:.2f} GiB",
     ]
     return "  ".join(parts)
+
+
+def held_out_line(logs: dict[str, Any]) -> str:
+    """The three measures, over all timesteps."""
+    return (
+        f"held out: {logs['eval_bits_per_byte']:.3f} bits per byte, top-1 {logs['eval_accuracy']:.1%}, calibration error "
+        f"{logs['eval_calibration_error']:.3f} ({logs['eval_documents']:,.0f} documents)"
+    )

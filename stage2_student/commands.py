@@ -55,6 +55,10 @@ def train(
     recipe: Annotated[str, typer.Option(help="A named recipe, or a TOML file.")] = DEFAULT_RECIPE,
     out: Annotated[Path | None, typer.Option(help="Checkpoint folder. Default: runs/RECIPE.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    eval_cache: Annotated[
+        str | None,
+        typer.Option(help="Cache to evaluate on. Default: the first cache's held-out part, where it has one."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before step 1, after one batch's loss.")] = False,
     report_to: Annotated[list[str] | None, typer.Option(help="wandb, tensorboard, trackio, …; repeatable.")] = None,
     objective: Annotated[str | None, typer.Option(help="none, calm, reverse-calm, kl or reverse-kl.")] = None,
@@ -94,6 +98,8 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Order of rows, and fresh masks.")] = None,
     logging_steps: Annotated[int | None, typer.Option(help="Steps between log lines.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0: only the result.")] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="Steps between held-out evaluations; 0: none.")] = None,
+    eval_documents: Annotated[int | None, typer.Option(help="Held-out documents of an evaluation.")] = None,
     workers: Annotated[int | None, typer.Option(help="Loader processes.")] = None,
     peak_tflops: Annotated[
         float | None, typer.Option(help="TFLOP/s of one device, which MFU is a share of; 0: measured.")
@@ -115,7 +121,14 @@ def train(
 
     target = out or Path("runs") / Path(recipe).name.removesuffix(".toml")
     summary = run.train(
-        config, source, model, target, report_to=report_to or (), resume=resume, stop_before_training=dry_run
+        config,
+        source,
+        model,
+        target,
+        report_to=report_to or (),
+        resume=resume,
+        stop_before_training=dry_run,
+        eval_cache=eval_cache,
     )
     if not dry_run and int(os.environ.get("RANK", "0")) == 0:
         typer.echo(f"trained {summary['steps']} steps in {summary['seconds']:.0f} s; checkpoint: {target}")

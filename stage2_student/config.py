@@ -49,6 +49,8 @@ LOWEST: Mapping[str, int] = {
     "logging_steps": 1,
     "save_steps": 0,
     "steps": 0,
+    "eval_steps": 0,
+    "eval_documents": 1,
     "workers": 0,
     "lora_rank": 0,
     "lora_alpha": 1,
@@ -66,8 +68,9 @@ class TrainConfig:
     trains, or from the response's, as it samples. `min_coverage`: least share of masked chunks that must carry a
     teacher's score. `lora_rank` 0 trains all weights; else adapters of that rank on the modules `lora_targets`
     (`all-linear`, or names with commas between), scaled by `lora_alpha` / `lora_rank`. `activation_checkpointing`
-    computes each layer again in backward instead of keeping what it computed. `peak_tflops`: of one device, what MFU is
-    a share of; 0: measured.
+    computes each layer again in backward instead of keeping what it computed. `eval_steps`: steps between evaluations
+    on the first `eval_documents` held-out documents; 0: never. `peak_tflops`: of one device, what MFU is a share of; 0:
+    measured.
     """
 
     objective: str = "reverse-calm"
@@ -105,6 +108,8 @@ class TrainConfig:
     seed: int = 0
     logging_steps: int = 1
     save_steps: int = 500
+    eval_steps: int = 500
+    eval_documents: int = 64
     workers: int = 0
     peak_tflops: float = 0.0
 
@@ -276,23 +281,25 @@ def require(config: TrainConfig, spec: CaptureSpec, cache: str) -> None:
     """
     if config.objective == "none":
         return
+    missing, instead, options = [], [], []
     if config.context not in spec.contexts:
-        raise TidecacheError(
-            f"context: the recipe asks for {config.context}, the cache {cache} holds {', '.join(spec.contexts)}: "
-            f"pass --context {spec.contexts[0]}, or add it with `tidecache teacher extend {cache} --context "
-            f"{config.context}`"
-        )
+        missing.append(f"context: the recipe asks for {config.context}, the cache holds {', '.join(spec.contexts)}")
+        instead.append(f"--context {spec.contexts[0]}")
+        options.append(f"--context {config.context}")
     if config.uses_events and "topk" not in spec.lanes:
-        raise TidecacheError(
-            f"objective: {config.objective} needs the topk lane, the cache {cache} holds {', '.join(spec.lanes)}: "
-            "pass --objective reverse-calm or calm, which need the gold lane alone, or add it with "
-            f"`tidecache teacher extend {cache} --lanes topk`"
-        )
+        missing.append(f"objective: {config.objective} needs the topk lane, the cache holds {', '.join(spec.lanes)}")
+        instead.append("--objective reverse-calm or calm, which need the gold lane alone")
+        options.append("--lanes topk")
     if config.uses_events and config.temperature not in spec.temperatures:
         held = ", ".join(f"{t:g}" for t in spec.temperatures)
-        wanted = ",".join(f"{t:g}" for t in sorted({*spec.temperatures, config.temperature}))
-        raise TidecacheError(
+        missing.append(
             f"temperature: {config.objective} at {config.temperature:g} needs the teacher's normaliser at that "
-            f"temperature, the cache {cache} holds {held}: pass --temperature with one of these, or add it with "
-            f"`tidecache teacher extend {cache} --temperatures {wanted}`"
+            f"temperature, the cache holds {held}"
+        )
+        instead.append("--temperature with one of these")
+        options.append(f"--temperatures {config.temperature:g}")
+    if missing:
+        raise TidecacheError(
+            f"{cache}: {'; '.join(missing)}: pass {' and '.join(instead)}, or add what is missing with `tidecache teacher "
+            f"extend {cache} {' '.join(options)}`"
         )

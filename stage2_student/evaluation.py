@@ -11,7 +11,7 @@ Shape suffixes: Q masked chunks of all rows so far, N masked tokens, C chunks of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from typing import Any
@@ -27,12 +27,13 @@ from shared.cache.statistics import best_is_gold
 from shared.errors import TidecacheError
 from stage2_student.batch import Batch, Collator
 from stage2_student.data import RowMaker
-from stage2_student.head import Head, argmax_and_logp, gather_logits
+from stage2_student.head import Head
+from stage2_student.losses import ChunkAnswers, chunk_answers
 from stage2_student.model import Student, masked_hidden
-from stage2_student.objectives import sum_over
 
 Column = npt.NDArray[np.float64]
 EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+MEASURES = ("bits_per_byte", "accuracy", "calibration_error")
 CONFIDENCE_BINS = 10
 SORTED_TOGETHER = 128  # rows whose lengths are sorted before they are batched, against padding
 
@@ -70,6 +71,19 @@ class Evaluation:
             "unusable": self.unusable,
         }
 
+    def metrics(self) -> dict[str, float]:
+        """What a log line says: `eval_bits_per_byte`, …, over all and by timestep (`eval_bits_per_byte/0–0.2`)."""
+        found: dict[str, float] = {"eval_documents": self.documents, "eval_draws": self.draws}
+        for label, quality in [
+            ("", self.overall),
+            *((f"/{n}", q) for n, q in zip(bin_names(), self.bins, strict=True)),
+        ]:
+            for name in MEASURES:
+                value = getattr(quality, name)
+                if value is not None:
+                    found[f"eval_{name}{label}"] = value
+        return found
+
 
 class _Chunks:
     """Collects, per masked chunk: timestep, bytes, log-likelihood of the gold, confidence, whether top-1 is right."""
@@ -87,6 +101,12 @@ class _Chunks:
     ) -> None:
         parts = (timestep, size, logp, confidence, right)
         self._parts.append(tuple(np.asarray(part, dtype=np.float64) for part in parts))
+
+    def gathered(self, gather: Callable[[list[Any]], list[Any]]) -> _Chunks:
+        """With the chunks of all processes, in an order that does not matter to any measure but in rounding."""
+        every = _Chunks()
+        every._parts = gather(self._parts)
+        return every
 
     def evaluation(self, documents: int, draws: int, unusable: int = 0) -> Evaluation:
         columns = [np.concatenate(part) for part in zip(*self._parts, strict=True)] or [np.zeros(0)] * 5
@@ -123,8 +143,25 @@ def calibration_error(confidence_Q: Column, right_Q: Column) -> float:
     return float(np.abs(gap).sum() / len(confidence_Q))
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of the work this process does, of several that hold one model, and how their columns come together."""
+
+    rank: int = 0
+    ranks: int = 1
+    gather: Callable[[list[Any]], list[Any]] = list  # the items of all processes in all
+
+
 def evaluate(
-    student: Student, cache: Cache, block_size: int, limit: int | None = None, batch_rows: int = 16, device: str = "cpu"
+    student: Student,
+    cache: Cache,
+    block_size: int,
+    limit: int | None = None,
+    batch_rows: int = 16,
+    device: str = "cpu",
+    block_start: str | None = None,
+    answer: Callable[[Batch], ChunkAnswers] | None = None,
+    share: Share | None = None,
 ) -> Evaluation:
     """Evaluate a student on a cache's stored draws.
 
@@ -135,17 +172,38 @@ def evaluate(
         limit: only the first `limit` documents of the cache, with all their draws.
         batch_rows: rows in a batch; the result does not depend on it but for rounding.
         device: where to run.
+        block_start: as the configuration has it; None: the student's own.
+        answer: the student's answers to a batch, where it is wrapped (a run's); None: the student itself is moved to
+            the device and run.
+        share: of several processes; each gets all results, and runs as many batches as any other.
 
     Raises:
         TidecacheError: the cache holds no draws.
     """
-    maker = RowMaker(student.text, cache.spec, block_size, context=None, block_start=student.block_start)
-    collator = Collator(student.mask_id, student.pad_id)
-    model = student.model
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    model.train(False)
-    head = Head.of(model)
+    maker = RowMaker(student.text, cache.spec, block_size, context=None, block_start=block_start or student.block_start)
+    share = share or Share()
+    place = torch.device(device)
+    answer = answer or _plain_answer(student, block_size, place)
     found, seen = _Chunks(), _Seen(cache)
+    batches = _batches(cache, limit, maker, Collator(student.mask_id, student.pad_id), batch_rows, seen)
+    while together := list(islice(batches, share.ranks)):
+        batch = together[min(share.rank, len(together) - 1)].to(place)
+        answers = answer(batch)
+        if share.rank < len(together) and len(batch.sample_C):
+            found.add(
+                batch.timestep_B[batch.sample_C].cpu().numpy(),
+                batch.bytes_C.cpu().numpy(),
+                answers.logp_C.cpu().numpy(),
+                np.exp(answers.best_logp_C.cpu().numpy()),
+                answers.right_C.cpu().numpy(),
+            )
+    return found.gathered(share.gather).evaluation(*seen.counts())
+
+
+def _batches(
+    cache: Cache, limit: int | None, maker: RowMaker, collator: Collator, batch_rows: int, seen: _Seen
+) -> Iterator[Batch]:
+    """All draws, those of similar length together."""
     for group in _groups(_limited(cache, limit)):
         rows = []
         for draw in group:
@@ -154,9 +212,20 @@ def evaluate(
             rows.append(row)
         ordered = sorted(rows, key=lambda row: len(row.ids_L))
         for start in range(0, len(ordered), batch_rows):
-            batch = collator(ordered[start : start + batch_rows]).to(torch.device(device))
-            _add_student(found, batch, student, head, block_size)
-    return found.evaluation(*seen.counts())
+            yield collator(ordered[start : start + batch_rows])
+
+
+def _plain_answer(student: Student, block_size: int, device: torch.device) -> Callable[[Batch], ChunkAnswers]:
+    model = student.model
+    model.to(device)  # type: ignore[arg-type]
+    model.train(False)
+    head = Head.of(model)
+
+    @torch.no_grad()
+    def answer(batch: Batch) -> ChunkAnswers:
+        return chunk_answers(masked_hidden(model, batch, block_size), head, batch)
+
+    return answer
 
 
 def evaluate_teacher(cache: Cache, limit: int | None = None) -> dict[str, Evaluation]:
@@ -209,30 +278,6 @@ def _limited(cache: Cache, limit: int | None) -> Iterator[Draw]:
 def _groups(draws: Iterator[Draw]) -> Iterator[list[Draw]]:
     while group := list(islice(draws, SORTED_TOGETHER)):
         yield group
-
-
-@torch.no_grad()
-def _add_student(found: _Chunks, batch: Batch, student: Student, head: Head, block_size: int) -> None:
-    if not len(batch.sample_C):
-        return
-    hidden_ND = masked_hidden(student.model, batch, block_size)
-    everything_N = torch.arange(len(batch.target_N), device=hidden_ND.device)
-    logit_N, log_z_NT = gather_logits(hidden_ND, head, everything_N, batch.target_N, [1.0])
-    best_N, best_logp_N = argmax_and_logp(hidden_ND, head)
-    chunks = len(batch.sample_C)
-
-    def per_chunk(value_N: torch.Tensor) -> npt.NDArray[np.float64]:
-        summed_C = sum_over(value_N[batch.position_M].double(), batch.chunk_M, chunks)
-        return np.asarray(summed_C.cpu().numpy())
-
-    wrong_C = per_chunk(best_N != batch.target_N)
-    found.add(
-        batch.timestep_B[batch.sample_C].cpu().numpy(),
-        batch.bytes_C.cpu().numpy(),
-        per_chunk(logit_N - log_z_NT[:, 0]),
-        np.exp(per_chunk(best_logp_N)),
-        wrong_C == 0,
-    )
 
 
 def _add_teacher(chunks: _Chunks, draw: Draw, context: str) -> None:

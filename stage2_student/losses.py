@@ -17,7 +17,7 @@ from torch import Tensor
 from stage2_student import objectives, tidal
 from stage2_student.batch import Batch, EventTensors
 from stage2_student.config import TrainConfig
-from stage2_student.head import Head, gather_logits
+from stage2_student.head import Head, argmax_and_logp, gather_logits
 from stage2_student.objectives import Mean
 
 
@@ -161,6 +161,30 @@ def _event_loss(logit_CE: Tensor, log_z_C: Tensor, batch: Batch, strength_C: Ten
         return objectives.tidal_event_kl_loss(student_CE, teacher_CE, strength_C, temperature)
     loss = objectives.reverse_event_kl_loss if config.objective == "reverse-kl" else objectives.event_kl_loss
     return loss(student_CE, teacher_CE, temperature)
+
+
+@dataclass(frozen=True)
+class ChunkAnswers:
+    """What a student says of each chunk of a batch: log-likelihood of the gold and of its own best filling (nats), and
+    whether that is the gold: whether every token's most likely id is.
+    """
+
+    logp_C: Tensor
+    best_logp_C: Tensor
+    right_C: Tensor
+
+
+def chunk_answers(hidden_ND: Tensor, head: Head, batch: Batch) -> ChunkAnswers:
+    """A student's answers from the hidden states at a batch's masked tokens; float64, without gradient."""
+    every_N = torch.arange(len(batch.target_N), device=hidden_ND.device)
+    logit_N, log_z_NT = gather_logits(hidden_ND, head, every_N, batch.target_N, [1.0])
+    best_N, best_logp_N = argmax_and_logp(hidden_ND, head)
+
+    def per_chunk(value_N: Tensor) -> Tensor:
+        return objectives.sum_over(value_N[batch.position_M].double(), batch.chunk_M, len(batch.sample_C))
+
+    wrong_C = per_chunk(best_N != batch.target_N)
+    return ChunkAnswers(per_chunk(logit_N - log_z_NT[:, 0]), per_chunk(best_logp_N), wrong_C == 0)
 
 
 def total(losses: BatchLosses, counts: Counts, config: TrainConfig) -> Tensor:

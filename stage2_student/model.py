@@ -25,7 +25,7 @@ from stage2_student import adapters, attention, families
 from stage2_student.batch import Batch
 from stage2_student.config import BLOCK_STARTS, METADATA_FILE, TrainConfig
 from stage2_student.head import Head
-from stage2_student.losses import BatchLosses, batch_losses
+from stage2_student.losses import BatchLosses, ChunkAnswers, batch_losses, chunk_answers
 
 MASK_TOKEN = "<|mask|>"
 
@@ -245,6 +245,11 @@ class TrainableStudent(nn.Module):
         """Losses of a batch; `progress` is the share of the optimiser steps done."""
         hidden_ND = masked_hidden(self.model, batch, self.train_config.block_size)
         return batch_losses(hidden_ND, self._head(), batch, self.train_config, progress)
+
+    @torch.no_grad()
+    def answers(self, batch: Batch) -> ChunkAnswers:
+        """The student's answers to a batch, for evaluation; FSDP must be told that this is a forward pass, too."""
+        return chunk_answers(masked_hidden(self.model, batch, self.train_config.block_size), self._head(), batch)
 
     @property
     def _no_split_modules(self) -> Any:

@@ -20,6 +20,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from shared.cache import open_cache
+from shared.cache.copying import held_out_of
 from shared.cache.mixing import WeightedCache
 from shared.cache.order import DrawIndex
 from shared.cache.reader import Cache
@@ -27,7 +28,7 @@ from shared.cache.remote import Folder
 from shared.cache.selection import Selection
 from shared.cache.stream import DrawStream
 from shared.errors import TidecacheError
-from stage2_student import adapters, checkpoints, tidal
+from stage2_student import adapters, checkpoints, families, tidal
 from stage2_student.batch import Collator
 from stage2_student.callbacks import Display, LogFile
 from stage2_student.config import AUTO, METADATA_FILE, TrainConfig, automatic_fresh, require
@@ -175,7 +176,11 @@ def prepare(
 
 
 def _check_blocks(config: TrainConfig, student: Student, base: str) -> None:
-    """A base goes on with the blocks that it knows; `base_defaults` takes them from it where nobody says anything."""
+    """A base goes on with the blocks that it knows; `base_defaults` takes them from it where nobody says anything.
+
+    Raises:
+        TidecacheError: the configuration has others.
+    """
     for name, trained, asked in (
         ("block_size", student.block_size, config.block_size),
         ("block_start", student.block_start if "block_start" in student.metadata else None, config.block_start),
@@ -206,6 +211,7 @@ def _plan(config: TrainConfig, rows: TrainingRows, steps: int, student: Student)
             f"for {names}; capture one that declares this tokenizer with `tidecache teacher capture --students`, or lower "
             "--min-coverage"
         )
+    families.check_length(student.model.config, max(len(row.ids_L) for row in looked_at))
     mean_length = sum(len(row.ids_L) for row in looked_at) / len(looked_at)
     schedule = (config.lambda_init, config.lambda_max, config.tidal_decay)
 
@@ -279,6 +285,7 @@ def train(
     report_to: Sequence[str] = (),
     resume: bool = False,
     stop_before_training: bool = False,
+    eval_cache: str | Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train a student; `out` becomes a plain checkpoint folder with `train_log.jsonl` beside it. Returns a summary.
@@ -308,14 +315,16 @@ def train(
         identity.check(checkpoint)
         restore_student(prepared.student.model, checkpoint)
     checkpoints.check_space(out, prepared.student.model, config, plan.steps)
+    held_out = _held_out(config, prepared.rows.draws.caches[0], eval_cache)
     display = Display(console)
     trainer = StudentTrainer(
         prepared.student,
         prepared.rows,
         config,
-        training_arguments(config, out, plan.steps, report_to),
+        training_arguments(config, out, plan.steps, report_to, evaluates=held_out is not None),
         identity.to_json(),
         callbacks=[LogFile(out), display],
+        held_out=held_out,
     )
     try:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -329,6 +338,13 @@ def train(
     trainer.save_result()
     seconds = float(result.metrics["train_runtime"])
     return {"steps": plan.steps, "rows": plan.rows, "seconds": seconds, "loss": float(result.training_loss)}
+
+
+def _held_out(config: TrainConfig, cache: Cache, asked: str | Path | None) -> Cache | None:
+    """The cache to evaluate on: what is asked for, or the held-out part of the first cache, if it has one."""
+    if not config.eval_steps:
+        return None
+    return open_cache(asked) if asked is not None else held_out_of(cache)
 
 
 def _check_launch(config: TrainConfig) -> None:

@@ -25,15 +25,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, save_fsdp_optimizer
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
+from shared.cache.reader import Cache
 from shared.errors import TidecacheError
 from stage2_student import checkpoints, insight, tidal
 from stage2_student.batch import Batch, Collator
 from stage2_student.config import TrainConfig
 from stage2_student.dataset import Failure, OrFailure, TrainingRows
+from stage2_student.evaluation import Share, evaluate
 from stage2_student.losses import BatchLosses, Counts, total
 from stage2_student.model import Student, TrainableStudent, save_student
 
@@ -41,8 +44,10 @@ NOT_FINITE_FILE = "not_finite.json"
 NAMED = 16  # documents in the message of a run that stopped; all are in the file
 
 
-def training_arguments(config: TrainConfig, out: Path, steps: int, report_to: Sequence[str] = ()) -> TrainingArguments:
-    """Trainer's arguments for a configuration; `steps` optimiser steps in all."""
+def training_arguments(
+    config: TrainConfig, out: Path, steps: int, report_to: Sequence[str] = (), evaluates: bool = False
+) -> TrainingArguments:
+    """Trainer's arguments for a configuration; `steps` optimiser steps in all; `evaluates`: there is a held-out cache."""
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
@@ -60,6 +65,8 @@ def training_arguments(config: TrainConfig, out: Path, steps: int, report_to: Se
         logging_steps=config.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluates and config.eval_steps else "no",
+        eval_steps=config.eval_steps or None,
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
         save_total_limit=2,
@@ -83,7 +90,9 @@ def fsdp_wanted() -> bool:
 
 
 class StudentTrainer(Trainer):
-    """See the module. `trained` says in checkpoints how and from what the student was trained."""
+    """See the module. `trained` says in checkpoints how and from what the student was trained; `held_out`: whose draws it
+    is evaluated on every `eval_steps` steps and at the end.
+    """
 
     def __init__(
         self,
@@ -93,17 +102,20 @@ class StudentTrainer(Trainer):
         arguments: TrainingArguments,
         trained: Mapping[str, Any],
         callbacks: Sequence[TrainerCallback] = (),
+        held_out: Cache | None = None,
     ) -> None:
         self.student = student
         self.train_config = config
         self.train_rows = rows
         self.trained = trained
+        self.held_out = held_out
         self._staged: Path | None = None  # where a checkpoint is being written
         super().__init__(
             model=TrainableStudent(student.model, config),
             args=arguments,
             data_collator=OrFailure(Collator(student.mask_id, student.pad_id)),  # type: ignore[arg-type]  # no dict
             train_dataset=rows,
+            eval_dataset=[],  # not None, as Trainer wants it; `evaluate` reads the held-out cache
             callbacks=list(callbacks),
         )
         self.remove_callback(PrinterCallback)
@@ -246,6 +258,27 @@ class StudentTrainer(Trainer):
                 logs["tidal_lambda"] = tidal.training_strength(progress, *schedule)
             self._tally = insight.Tally()
         super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Quality on the held-out draws, a fixed set of masks: logged, and told to the callbacks."""
+        assert self.held_out is not None
+        config, student = self.train_config, self.student
+        model: Any = self.model
+        if self.is_fsdp_enabled:
+            register_fsdp_forward_method(model, "answers")
+        model.eval()
+        share = (
+            Share(self.args.process_index, self.args.world_size, gather_object) if self.args.world_size > 1 else None
+        )
+        with self.accelerator.autocast():
+            found = evaluate(
+                student, self.held_out, config.block_size, config.eval_documents, config.batch, str(self.args.device),
+                config.block_start, model.answers, share,
+            )  # fmt: skip
+        metrics = found.metrics()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     @property
     def peak_flops(self) -> float:

@@ -2,8 +2,8 @@
 
     accelerate launch … tests/stage2_student/ranks.py jobs.json
 
-Each job: recipe, overrides, cache, base, out; `resume`: a checkpoint folder to begin from. One launch serves several
-tests, since starting processes is what costs.
+Each job: recipe, overrides, cache, base, out; `resume`: a checkpoint folder to begin from; `eval_cache`: a cache to
+evaluate on. One launch serves several tests, since starting processes is what costs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def main() -> None:
                 shutil.copytree(job["resume"], out / Path(job["resume"]).name)
             torch.distributed.barrier()
         console = Console(file=io.StringIO(), width=120)
-        run.train(config, job["cache"], job["base"], out, resume="resume" in job, console=console)
+        resume, eval_cache = "resume" in job, job.get("eval_cache")
+        run.train(config, job["cache"], job["base"], out, resume=resume, console=console, eval_cache=eval_cache)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from shared.cache.reader import Cache
 from shared.errors import TidecacheError
 from stage2_student import commands
-from stage2_student.config import TrainConfig, base_defaults, load_recipe
+from stage2_student.config import base_defaults, load_recipe
 from tests.stage2_student import synthetic
 
 runner = CliRunner()
@@ -23,13 +23,6 @@ def test_commands_import_no_torch() -> None:
     code = "import sys, stage2_student.commands; print('torch' in sys.modules, 'transformers' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False", "False"]
-
-
-def test_every_field_of_a_recipe_can_be_given_as_an_option() -> None:
-    import inspect
-
-    options = set(inspect.signature(commands.train).parameters)
-    assert set(TrainConfig.__dataclass_fields__) <= options
 
 
 def test_train_then_score(cache: Cache, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from shared.cache.reader import Cache
 from shared.errors import TidecacheError
-from stage2_student.commands import train
+from stage2_student.commands import app
 from stage2_student.config import (
+    CHOICES,
     TrainConfig,
     automatic_fresh,
     base_defaults,
@@ -20,11 +22,13 @@ from stage2_student.config import (
     require,
     resolve,
 )
+from tests.conftest import TINY_STUDENT
 
 
 def test_every_named_recipe_is_valid_and_distinct() -> None:
     configs = {name: load_recipe(name) for name in recipe_names()}
-    assert {"reverse-calm-tidal", "tide-cross", "calm", "cross-entropy", "events", "kl", "reverse-kl"} <= set(configs)
+    ours = {"reverse-calm-tidal", "events", "cross-entropy"}
+    assert set(configs) == ours | set(PAPER)
     assert len(set(configs.values())) == len(configs)
 
 
@@ -85,9 +89,42 @@ def test_fresh_is_a_number_or_automatic() -> None:
         resolve({"fresh": "often"}, "test")
 
 
-def test_every_field_is_an_option_of_train() -> None:
-    parameters = inspect.signature(train).parameters
-    assert {f.name for f in dataclasses.fields(TrainConfig)} <= set(parameters)
+SPECIAL: dict[str, Any] = {"fresh": 0.25, "draws_together": 2, "lora_targets": "q_proj,v_proj", "min_timestep": 0.25}
+
+
+def another(field: dataclasses.Field[Any], now: Any) -> Any:
+    """A value that the field does not have now and may have, beside all others as they are."""
+    if field.name in SPECIAL:
+        return SPECIAL[field.name]
+    if field.name in CHOICES:
+        return next(value for value in CHOICES[field.name] if value != now)
+    if isinstance(now, bool):
+        return not now
+    return now + 1 if isinstance(now, int) else now / 2 + 0.125
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)
+@pytest.mark.parametrize("recipe", ["tide-shared", "reverse-calm-tidal"])
+def test_every_field_can_be_overridden_on_the_command_line(
+    recipe: str, field: dataclasses.Field[Any], cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stage2_student import run
+
+    given: list[TrainConfig] = []
+
+    def instead(config: TrainConfig, *_: Any, **__: Any) -> dict[str, Any]:
+        given.append(config)
+        return {"steps": 0, "seconds": 0.0}
+
+    monkeypatch.setattr(run, "train", instead)
+    before = load_recipe(recipe, None, base_defaults(TINY_STUDENT))
+    value = another(field, getattr(before, field.name))
+    name = f"--{field.name.replace('_', '-')}"
+    option = [name if value else f"--no-{name[2:]}"] if isinstance(value, bool) else [name, str(value)]
+    result = CliRunner().invoke(app, ["train", "--cache", str(cache.path), "--recipe", recipe, *option])
+    assert result.exit_code == 0, result.output + str(result.exception)
+    assert value != getattr(before, field.name)
+    assert given == [dataclasses.replace(before, **{field.name: value})]
 
 
 def test_a_base_says_what_blocks_it_knows(tmp_path: Path) -> None:
@@ -150,11 +187,14 @@ def test_bad_toml_names_the_file(tmp_path: Path) -> None:
 
 def test_what_the_cache_lacks_is_said_with_the_command_that_adds_it(cache: Cache) -> None:
     kl = resolve({"objective": "kl", "temperature": 3.0, "tidal": "none"}, "test")
-    with pytest.raises(TidecacheError, match=r"holds 1, 2: .*teacher extend here --temperatures 1,2,3"):
+    with pytest.raises(TidecacheError, match=r"holds 1, 2: .*teacher extend here --temperatures 3`"):
         require(kl, cache.spec, "here")
     gold_only = dataclasses.replace(cache.spec, lanes=("gold",))
-    with pytest.raises(TidecacheError, match=r"needs the topk lane.*teacher extend here --lanes topk"):
+    with pytest.raises(TidecacheError, match=r"needs the topk lane.*teacher extend here --lanes topk`"):
         require(dataclasses.replace(kl, temperature=2.0), gold_only, "here")
+    nothing = dataclasses.replace(cache.spec, lanes=("gold",), contexts=("plain",))
+    with pytest.raises(TidecacheError, match=r"extend here --context compdemo --lanes topk --temperatures 3`"):
+        require(kl, nothing, "here")
     compdemo_only = dataclasses.replace(cache.spec, contexts=("compdemo",))
     with pytest.raises(
         TidecacheError, match=r"asks for plain.*pass --context compdemo.*teacher extend here --context plain"

@@ -34,7 +34,7 @@ FSDP2 = (
 )  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {  # what one process does in a batch of 4
     "reverse-calm-tidal": {"fresh": 0.25},
-    "events": {"fresh": 0.5, "ce_normalisation": "sequence"},
+    "events": {"fresh": 0.5, "ce_normalisation": "sequence", "eval_steps": 3, "eval_documents": 5},
     "tide-shared": {},
 }
 SPLIT = {"reverse-calm-tidal": (2, 1), "events": (1, 2), "tide-shared": (2, 1)}  # batch, accumulation of two processes
@@ -57,9 +57,9 @@ def launch(arguments: tuple[str, ...], jobs: list[dict[str, Any]], folder: Path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
-def log_of(out: Path) -> list[dict[str, Any]]:
+def log_of(out: Path, having: str = "ce") -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "ce" in line]
+    return [line for line in lines if having in line]
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
@@ -69,6 +69,8 @@ def assert_same_run(found: Path, expected: Path) -> None:
         for name in ("chunks", "masked_tokens", "rows", "fresh_rows"):
             assert a[name] == b[name]
         assert {n for n in a if "/" in n} == {n for n in b if "/" in n}
+    for a, b in zip(log_of(found, "eval_accuracy"), log_of(expected, "eval_accuracy"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
     a, b = (load_file(out / "model.safetensors") for out in (found, expected))
     assert set(a) == set(b)
     for name in a:  # measured: 5e-8, at weights of 0.02 after four steps of Adam at 1e-3
@@ -89,7 +91,9 @@ def one_process(cache: Cache, bases: dict[str, Path], tmp_path_factory: pytest.T
     for recipe in RECIPES:
         found[recipe] = tmp_path_factory.mktemp("one") / recipe
         config = load_recipe(recipe, config_of(recipe, 4))
-        run.train(config, cache.path, bases[recipe], found[recipe], console=Console(file=io.StringIO()))
+        evaluated = cache.path if recipe == "events" else None
+        quiet = Console(file=io.StringIO())
+        run.train(config, cache.path, bases[recipe], found[recipe], eval_cache=evaluated, console=quiet)
     return found
 
 
@@ -106,7 +110,8 @@ def test_two_processes_train_what_one_does_with_the_doubled_batch(
         }  # fmt: skip
 
     resumed = job("events", "resumed", save_steps=2) | {"resume": str(tmp_path / "whole" / "checkpoint-2")}
-    jobs = [job(recipe, recipe) for recipe in RECIPES] + [job("events", "whole", save_steps=2), resumed]
+    jobs = [job(recipe, recipe) | ({"eval_cache": str(cache.path)} if recipe == "events" else {}) for recipe in RECIPES]
+    jobs += [job("events", "whole", save_steps=2), resumed]
     launch(arguments, jobs, tmp_path)
     for recipe, expected in one_process.items():
         assert_same_run(tmp_path / recipe, expected)

@@ -23,6 +23,7 @@ from stage2_student import run
 from stage2_student.batch import Collator
 from stage2_student.config import TrainConfig, load_recipe, resolve
 from stage2_student.data import FRESH_DRAWS_FROM
+from stage2_student.evaluation import evaluate
 from stage2_student.model import load_student
 from stage2_student.trainer import StudentTrainer, training_arguments
 from tests.stage2_student import synthetic
@@ -207,6 +208,29 @@ def test_batches_are_the_same_for_any_number_of_workers(cache: Cache, student_fo
         assert (a.events is None) == (b.events is None)
         if a.events is not None and b.events is not None:
             assert torch.equal(a.events.id_P, b.events.id_P)
+
+
+def test_a_run_is_evaluated_on_held_out_draws_and_trains_as_without(
+    cache: Cache, student_folder: Path, tmp_path: Path
+) -> None:
+    config, console = short(steps=3, eval_steps=2, eval_documents=4, block_start="response"), quiet()
+    run.train(config, cache.path, student_folder, tmp_path / "with", eval_cache=cache.path, console=console)
+    never = dataclasses.replace(config, eval_steps=0)
+    run.train(never, cache.path, student_folder, tmp_path / "without", eval_cache=cache.path, console=quiet())
+    run.train(
+        config, cache.path, student_folder, tmp_path / "none", console=quiet()
+    )  # no held-out part, none asked for
+    lines = [line for line in log_of(tmp_path / "with") if "eval_accuracy" in line]
+    assert [line["step"] for line in lines] == [2, 3]
+    expected = evaluate(load_student(tmp_path / "with"), cache, 32, limit=4).metrics()
+    assert expected["eval_documents"] == 4
+    assert {name: lines[-1][name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert {"eval_bits_per_byte/0.4–0.6", "eval_calibration_error/0.4–0.6", "eval_accuracy"} <= set(expected)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"step 3  held out: {expected['eval_bits_per_byte']:.3f} bits per byte" in said
+    a, *others = (load_file(tmp_path / name / "model.safetensors") for name in ("with", "without", "none"))
+    assert all(torch.equal(a[name], b[name]) for b in others for name in a)
+    assert not any("eval_accuracy" in line for line in log_of(tmp_path / "none"))
 
 
 def test_fresh_rows_differ_by_epoch_and_carry_no_score(cache: Cache, student_folder: Path) -> None:
