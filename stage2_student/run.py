@@ -20,7 +20,6 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from shared.cache import open_cache
-from shared.cache.copying import held_out_of
 from shared.cache.mixing import WeightedCache
 from shared.cache.order import DrawIndex
 from shared.cache.reader import Cache
@@ -344,7 +343,7 @@ def _held_out(config: TrainConfig, cache: Cache, asked: str | Path | None) -> Ca
     """The cache to evaluate on: what is asked for, or the held-out part of the first cache, if it has one."""
     if not config.eval_steps:
         return None
-    return open_cache(asked) if asked is not None else held_out_of(cache)
+    return open_cache(asked) if asked is not None else cache.held_out()
 
 
 def _check_launch(config: TrainConfig) -> None:
