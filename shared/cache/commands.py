@@ -55,7 +55,7 @@ def inspect(
         return
     from rich.console import Console
 
-    render(inspection, Console(highlight=False))
+    render(inspection, Console(highlight=False, markup=False, emoji=False))
 
 
 @app.command()

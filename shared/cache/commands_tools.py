@@ -70,7 +70,7 @@ def coverage(
         return
     from rich.console import Console
 
-    render(report, Console(highlight=False))
+    render(report, Console(highlight=False, markup=False, emoji=False))
 
 
 def _name(source: str) -> str:
@@ -101,7 +101,7 @@ def diff(
     else:
         from rich.console import Console
 
-        render(found, Console(highlight=False))
+        render(found, Console(highlight=False, markup=False, emoji=False))
     raise typer.Exit(0 if found.same else 1)
 
 
