@@ -44,7 +44,8 @@ def _head(manifests: Mapping[str, Manifest]) -> str:
     """The metadata and the title. JSON strings are YAML strings."""
     totals = manifests[""].totals
     size = next((name for limit, name in SIZES if totals.draws < limit), "n>10M")
-    held_out = f"{HELD_OUT_FOLDER}/" in manifests
+    inner = manifests.get(f"{HELD_OUT_FOLDER}/")
+    held_out = inner is not None and bool(inner.shards)  # a pattern that matches no file would be an error
     title = f"Likelihoods of {_plain(manifests[''].spec.teacher.name)}"
 
     def config(name: str, glob: str, default: bool = False) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shared.cache import open_cache, pushing
-from shared.cache.card import BEGIN, END
+from shared.cache.card import BEGIN, END, updated_card
 from shared.cache.manifest import derive, read_manifest, seal
 from shared.cache.pulling import STAGING, pull_cache
 from shared.cache.pushing import push_cache
@@ -269,9 +269,15 @@ def test_a_card_that_people_have_edited_stays(hub: Hub, cache: Path, tmp_path: P
     assert hub.files(REPO)["README.md"].endswith(b"All our own.\n")
 
 
-def test_the_card_takes_no_markup_from_names(tmp_path: Path) -> None:
-    from shared.cache.card import updated_card
+def test_a_held_out_part_without_documents_is_no_split(tmp_path: Path) -> None:
+    """As a part of a capture has it that no held-out shard fell to."""
+    capture(tmp_path / "a", 4, 1)
+    capture(tmp_path / "a" / "held-out", 0, 1)
+    manifests = {"": read_manifest(tmp_path / "a"), "held-out/": read_manifest(tmp_path / "a" / "held-out")}
+    assert "split: test" not in updated_card(None, manifests, REPO)
 
+
+def test_the_card_takes_no_markup_from_names(tmp_path: Path) -> None:
     synthetic.build(tmp_path, documents=4)
     manifest = read_manifest(tmp_path)
     teacher = dataclasses.replace(manifest.spec.teacher, name='evil"\n---\n<script>|`x`\x1b[31m')
