@@ -17,6 +17,7 @@ from shared.cache import files, hub
 from shared.cache.manifest import (
     HELD_OUT_FOLDER,
     MANIFEST_FILE,
+    SHARDS_FOLDER,
     FileRecord,
     Manifest,
     Receipt,
@@ -102,6 +103,8 @@ class _Load:
 
     def run(self) -> int:
         """Load all data files and write the receipts; how many files were loaded."""
+        for name in ("", SHARDS_FOLDER):  # of pulls that were killed
+            files.remove_leftovers(self._root / name)
         loaded = self._load([self._manifest.vocabulary])
         known: set[str] = set()
         shards: dict[str, list[Receipt]] = {}
