@@ -7,7 +7,8 @@
 - steps: a 15.7M student (4 layers × 256, V = 49152; 4 rows of 256 tokens, 64 of them prompt) against the released
   code's way (`student_steps`), whose teacher (8 × 512) runs in every step. The student's own step and the whole step
   stand apart: the rest is what the absent teacher saves.
-- head: V = 151669, hidden 1024: the tiled head at the masked tokens against logits at all 2·L positions.
+- head: V = 151669, hidden 1024: the tiled head at the masked tokens against logits at all 2·L positions. What it adds
+  to memory is the gradient of its weight, 592 MiB, and a few tiles, however many tokens are masked.
 - draws: 12 layers × 512; M = 4 draws of one document a step against one draw of each of 4 documents.
 
 Every way lives in a process of its own, so that its peak memory is its own, and the ways take turns step by step, so
@@ -103,7 +104,7 @@ def head_way(masked: int) -> Callable[[int], dict[str, float]]:
     from stage2_student.head import Head, gather_logits
 
     torch.manual_seed(0)
-    weight_VD = (0.02 * torch.randn(HEAD_VOCABULARY, HEAD_HIDDEN)).requires_grad_()
+    weight_VD = torch.empty(HEAD_VOCABULARY, HEAD_HIDDEN).normal_(std=0.02).requires_grad_()
 
     def step(number: int) -> dict[str, float]:
         generator = torch.Generator().manual_seed(number)
