@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from shared.cache.reader import Cache
 from shared.errors import TidecacheError
-from stage2_student import checkpoints, run
+from stage2_student import checkpoints, run, trainer
 from stage2_student.config import TrainConfig, load_recipe
+from stage2_student.losses import total
 from tests.stage2_student import synthetic
 
 TIMED = ("tokens_per_second", "seconds_per_step", "mfu", "peak_memory_gib")
@@ -199,3 +200,36 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_step(
         train(short(steps=3), cache, student_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     train(short(save_steps=0), cache, student_folder, tmp_path / "out")
+
+
+def test_a_step_that_is_not_finite_is_saved_and_taken_again(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state before the step is a checkpoint, random states included: the step can be taken again as if nothing was."""
+    base = synthetic.save_student(tmp_path / "base", attention_dropout=0.1)
+    config = short(accumulation=2, steps=4, save_steps=3)
+    train(config, cache, base, tmp_path / "whole")
+    rows = run.prepare(config, cache.path, base).rows
+    out = tmp_path / "out"
+    calls = 0
+
+    def sometimes(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return total(*arguments) * (float("nan") if calls == 6 else 1.0)  # the second micro-batch of the third step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "total", sometimes)
+        with pytest.raises(TidecacheError, match=r"the loss of step 3 is nan: training stops before it") as caught:
+            train(config, cache, base, out)
+    bad, good = ([rows[number].name for number in numbers] for numbers in ((10, 11), (8, 9)))
+    said = str(caught.value)
+    assert f"its documents are {', '.join(bad)}; " in said
+    assert f"the state after step 2 was saved in {out / 'checkpoint-2'}" in said
+    described = json.loads((out / "not_finite.json").read_text())
+    assert described["step"] == 3
+    assert [part["documents"] for part in described["micro_batches"]] == [good, bad]
+    assert [path.name for path in checkpoints.complete(out)] == ["checkpoint-2"]
+    train(config, cache, base, out, resume=True)
+    assert same_weights(out, tmp_path / "whole")
+    assert log_of(out) == log_of(tmp_path / "whole")
