@@ -161,7 +161,7 @@ class Widening:
         for name in ("", SHARDS_FOLDER, _waiting_folder(wider)):
             files.remove_leftovers(folder / name)
         settle(folder, base)
-        shutil.rmtree(folder / _waiting_folder(base.spec), ignore_errors=True)  # its receipts are in their places
+        _remove_waiting(folder, base.spec)  # their places are settled
         if base.spec == wider:
             return None
         widening = cls(folder, base, wider)
@@ -265,7 +265,7 @@ class Widening:
         """
         narrower = self.cache()
         if narrower is None:
-            self._remove_waiting()  # what this process made ready after the switch
+            _remove_waiting(self.folder, self.step.wider)  # what this process made ready after the switch
             return read_manifest(self.folder)
         ready = [found for r in narrower.shards if (found := self._ready_receipt(r)) is not None]
         if len(ready) < len(narrower.shards):
@@ -282,14 +282,8 @@ class Widening:
             settle(self.folder, wider)
             if (self.folder / MANIFEST_FILE).read_bytes() == data:  # a capture may have put back the narrower one
                 break
-        self._remove_waiting()
+        _remove_waiting(self.folder, self.step.wider)
         return wider
-
-    def _remove_waiting(self) -> None:
-        """Remove the waiting receipts of this widening, which is done; those of another one stay."""
-        shutil.rmtree(self.folder / self._waiting, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            (self.folder / WIDENING_FOLDER).rmdir()
 
     def _remove_abandoned(self) -> None:
         """Remove what widenings that were given up, or that later ones replaced, left behind long ago."""
@@ -307,3 +301,10 @@ class Widening:
 
 def _waiting_folder(wider: CaptureSpec) -> str:
     return f"{WIDENING_FOLDER}/{wider.fingerprint[:16]}"
+
+
+def _remove_waiting(folder: Path, wider: CaptureSpec) -> None:
+    """Remove the waiting receipts of a widening that is done; those of another one stay."""
+    shutil.rmtree(folder / _waiting_folder(wider), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (folder / WIDENING_FOLDER).rmdir()
