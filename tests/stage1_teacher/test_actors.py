@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from shared.errors import TidecacheError
-from stage1_teacher.actors import ATTEMPTS, Actors, ActorSettings
+from stage1_teacher.actors import ATTEMPTS, Actors, ActorSettings, _place
 from tests.stage1_teacher.ray_workers import Doubler, Individual, NeverStarts
 
 TWO = ActorSettings(actors=2)
@@ -130,3 +130,16 @@ def test_more_than_the_cluster_has_room_for() -> None:
             pass
     with crew(Individual(), ActorSettings(cpus=0.5)) as actors:
         assert actors.count == 4
+
+
+def test_how_many_actors_a_cluster_of_gpus_has_room_for() -> None:
+    cluster = {"CPU": 16.0, "GPU": 8.0, "memory": 1e12}
+    for settings, gpus, count in (
+        (ActorSettings(), 1, 8),
+        (ActorSettings(devices=2), 2, 4),  # tensor parallel
+        (ActorSettings(gpus=0.5), 0.5, 16),
+        (ActorSettings(gpus=0), 0, 16),
+        (ActorSettings(cpus=4), 1, 4),
+        (ActorSettings(actors=3), 1, 3),
+    ):
+        assert _place(cluster, settings) == ({"num_cpus": settings.cpus, "num_gpus": gpus}, count)

@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from shared.cache import open_cache
 from shared.cache.verify import verify
+from stage1_teacher.draft import Draft
+from stage1_teacher.options import CaptureOptions
+from stage1_teacher.planning import segments
+from stage1_teacher.ray_engine import ShardWorker
+from stage1_teacher.shards import FinishedShard, LocalEngine, ShardMaker
 from tests.stage1_teacher.captures import write_corpus
 from tests.stage1_teacher.models import save_model
+from tests.stage1_teacher.test_capture import Silent
 from tests.stage1_teacher.test_commands import COMMAND, ENVIRONMENT, arguments, capture, contents, refuse
 
 TWO_ACTORS = ("--engine", "ray", "--actors", "2", "--cpus-per-actor", "0.5")
@@ -104,6 +112,23 @@ def test_a_shard_that_always_fails_and_then_does_not(teacher: Path, corpus: Path
     done = capture(teacher, corpus, folder, "--held-out", "none")  # goes on in this process
     assert done.returncode == 0, done.stderr
     assert len(open_cache(folder).shards) == 20 > complete
+
+
+def test_two_shards_in_one_worker_at_a_time(teacher: Path, corpus: Path) -> None:
+    """As an actor with a GPU does it: the bytes of a shard do not depend on what is beside it."""
+    draft = Draft.of(CaptureOptions(teacher=str(teacher), corpus=str(corpus), held_out="none", limit=24))
+    todo = list(segments(draft.extent.stream(draft.spec, held_out=False), (), 2, 4, Path()))
+    worker = pickle.loads(pickle.dumps(ShardWorker(draft)))  # as Ray sends it
+    spec = worker.start()
+    with ThreadPoolExecutor(2) as threads:
+        delivered = list(threads.map(worker.work, todo))
+    expected: list[FinishedShard] = []
+    loaded, same = draft.load()
+    assert spec == same
+    LocalEngine(loaded, ShardMaker(spec, draft.tokenizer, draft.students)).run(iter(todo), expected.append, Silent())
+    assert len(expected) == 6
+    assert [d.shard for d in delivered] == expected
+    assert all(d.documents == 4 and d.seconds > 0 and not d.narrowed for d in delivered)
 
 
 def test_ray_is_not_installed(teacher: Path, corpus: Path, tmp_path: Path) -> None:
