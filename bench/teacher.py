@@ -11,8 +11,8 @@
 Ways that are compared take turns, so that what else the machine does hits both, and their results must agree. CPU seconds
 (of all threads) decide the ratios of *head* and *packing* on a CPU: on a busy machine they are the steadier number. A
 capture is compared by the clock on the wall, and needs two idle cores for that. The vllm backend runs in a process of its
-own, of this Python or of `.venv-vllm`. Nothing is begun once --minutes are over (8 minutes in all on one H100, by design:
-it has not been run on one).
+own, of this Python or of `.venv-vllm`. Once --minutes are over no row and no further round is begun, so that all of it ends
+within 8 minutes on one H100: by design, for it has not been run on one.
 """
 
 from __future__ import annotations
@@ -109,10 +109,14 @@ def work() -> float:
     return wall() if DEVICE.type == "cuda" else time.process_time()
 
 
-def in_turn(ways: list[Callable[[], Any]], repeats: int, clock: Callable[[], float] = work) -> list[float]:
-    """Median seconds of each way."""
+def in_turn(
+    ways: list[Callable[[], Any]], repeats: int, clock: Callable[[], float] = work, until: float = float("inf")
+) -> list[float]:
+    """Median seconds of each way; after `until` (of the monotonic clock) one round is enough."""
     seconds: list[list[float]] = [[] for _ in ways]
     for repeat in range(repeats + 1):
+        if repeat > 1 and time.monotonic() > until:
+            break
         for number, way in enumerate(ways):
             begin = clock()
             way()
@@ -243,10 +247,10 @@ def teachers(repeats: int, settings: Settings) -> Iterator[Line]:
                 yield Line(name, float("nan"), float("nan"), f"{layout}: left out, the time is up")
                 continue
             teacher = start(layout)
-            documents = 16 if DEVICE.type == "cuda" else 4
+            documents = 16 if DEVICE.type == "cuda" else 4  # enough for full batches
             yield speed(teacher, shape.config, name, repeats, documents, shape.length)
             if layout == shape.layouts[0]:
-                yield overlap(teacher, f"  capture with it ({layout})", repeats, shape.length, settings.shards)
+                yield overlap(teacher, f"  capture with it ({layout})", repeats, shape.length, settings)
             if hasattr(teacher, "close"):
                 teacher.close()
             del teacher
@@ -255,7 +259,7 @@ def teachers(repeats: int, settings: Settings) -> Iterator[Line]:
                 torch.cuda.empty_cache()
 
 
-def overlap(teacher: Any, name: str, repeats: int, length: int, shards: int) -> Line:
+def overlap(teacher: Any, name: str, repeats: int, length: int, settings: Settings) -> Line:
     """A whole capture of real text against the teacher alone on the same requests: what tokenising and writing add.
 
     The vocabulary is padded to the teacher's: its ids need names in a cache, and no cost depends on these.
@@ -276,7 +280,7 @@ def overlap(teacher: Any, name: str, repeats: int, length: int, shards: int) -> 
         tokenizer.name, tokenizer.digest, [*tokenizer.token_bytes, *[b"?"] * padding], special_V
     )
     documents = 8
-    extent = Extent("stdlib", draws=4, documents_per_shard=documents, limit=shards * documents)
+    extent = Extent("stdlib", draws=4, documents_per_shard=documents, limit=settings.shards * documents)
     todo = list(segments(extent.stream(spec, held_out=False), (), extent.draws, documents, Path()))
     maker = ShardMaker(spec, tokenizer, [student])
     jobs = [job for segment in todo for job in maker.jobs(segment)]
@@ -291,7 +295,7 @@ def overlap(teacher: Any, name: str, repeats: int, length: int, shards: int) -> 
             LocalEngine(teacher, maker).run(iter(todo), lambda shard: writer.commit(shard.encoded), Deaf())
             writer.finish()
 
-    bare, whole = in_turn([alone, capture], repeats, wall)
+    bare, whole = in_turn([alone, capture], repeats, wall, settings.until)
     tokens = sum(job.positions for job in jobs)
     text = sum(len(r.token_ids) for job in jobs for r in job.requests)
     note = f"{whole / bare - 1:+.1%} over the teacher alone ({bare:.1f} s of wall time, {len(jobs)} shards)"
@@ -348,8 +352,8 @@ def main() -> None:
     parser.add_argument("--shapes", default="auto", choices=("auto", "tiny", "scaled", "real"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--shards", type=int, default=12, help="of a capture")
-    parser.add_argument("--minutes", type=float, default=7, help="after which nothing more is begun")
+    parser.add_argument("--shards", type=int, default=6, help="of a capture")
+    parser.add_argument("--minutes", type=float, default=5, help="after which nothing more is begun")
     parser.add_argument("--vllm-python", type=Path, help="the Python that has vLLM")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
