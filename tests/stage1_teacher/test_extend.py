@@ -143,7 +143,11 @@ def test_one_after_the_other(captured, extended) -> None:
     [
         ({"lanes": "gold"}, {"lanes": "gold,topk", "codec": "packed"}),
         pytest.param({"k": 3}, {"k": 40}, marks=SLOW),
-        pytest.param({"context": "both", "lanes": "gold"}, {"context": "both", "temperatures": "1,2,4"}, marks=SLOW),
+        pytest.param(
+            {"context": "both", "lanes": "gold"},
+            {"context": "both", "lanes": "gold,topk", "temperatures": "1,2,4"},
+            marks=SLOW,
+        ),
         pytest.param({}, {"temperatures": "1,2,0.5"}, marks=SLOW),
         pytest.param({}, {"tail_samples": 3}, marks=SLOW),
         pytest.param({"tail_samples": 3}, {"tail_samples": 3, "k": 20}, marks=SLOW),
