@@ -164,7 +164,7 @@ def score(
     found = {}
     for name in model or [EMBEDDED]:
         student = load_student(embedded_or(name))
-        size = student.check_block_size(block_size, name) or 32
+        size = student.check_blocks(name, block_size) or 32
         found[name] = evaluation.evaluate(student, opened, size, limit, batch, device)
     bounds = {name: scoring.bound(e) for name, e in found.items()}
     others = {

@@ -58,7 +58,8 @@ class TrainingRows(Dataset[Row]):
             raise IndexError(number)
         stream, within = self.place(number)
         if stream == "cached":
-            return self.makers[self.draws.place(within).cache].cached_row(self.draws[within])
+            cache, draw = self.draws.located(within)
+            return self.makers[cache].cached_row(draw)
         turn, repeat = divmod(within, self.draws.together)
         visit = self.documents[turn]
         return self.makers[visit.cache].fresh_row(visit.stored, visit.times * self.draws.together + repeat)

@@ -128,7 +128,7 @@ def open_checkpoint(
             f"{path}: the tokenizer has no mask token, so this is no block-diffusion checkpoint: train one from it "
             "with `tidecache student train`, or name its mask_token in tokenizer_config.json"
         )
-    size = student.check_block_size(block_size, str(path))
+    size = student.check_blocks(str(path), block_size)
     if size is None:
         raise TidecacheError(
             f"{path}: the checkpoint does not say its block size: pass --block-size (the paper's is 32)"

@@ -54,19 +54,24 @@ class Student:
         start = self.metadata.get("block_start")
         return start if start in BLOCK_STARTS else BLOCK_STARTS[0]
 
-    def check_block_size(self, asked: int | None, name: str) -> int | None:
+    def check_blocks(self, name: str, block_size: int | None, block_start: str | None = None) -> int | None:
         """The block size to run with: what is asked, or what it was trained with; None if neither says.
 
         Raises:
-            TidecacheError: the two differ.
+            TidecacheError: size or start differ from what it was trained with.
         """
-        trained = self.block_size
-        if asked is not None and trained is not None and asked != trained:
-            raise TidecacheError(
-                f"{name}: trained with block size {trained}, asked for {asked}: its blocks would start and end where it "
-                "never saw any; leave --block-size out"
-            )
-        return trained if asked is None else asked
+        start = self.block_start if "block_start" in self.metadata else None
+        for field, trained, asked in (
+            ("block_size", self.block_size, block_size),
+            ("block_start", start, block_start),
+        ):
+            if asked is not None and trained is not None and asked != trained:
+                raise TidecacheError(
+                    f"{name}: trained with {field.replace('_', ' ')} {trained}, asked for {asked}: its blocks would start "
+                    f"and end where it never saw any; leave --{field.replace('_', '-')} out (and out of a recipe), or, to "
+                    f"train it anew with another, take {field} out of its {METADATA_FILE}"
+                )
+        return self.block_size if block_size is None else block_size
 
 
 def load_student(path_or_id: str | Path, attention_implementation: str | None = None) -> Student:

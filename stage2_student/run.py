@@ -30,7 +30,7 @@ from shared.errors import TidecacheError
 from stage2_student import adapters, checkpoints, families, tidal
 from stage2_student.batch import Collator
 from stage2_student.callbacks import Display, LogFile
-from stage2_student.config import AUTO, METADATA_FILE, TrainConfig, automatic_fresh, require
+from stage2_student.config import AUTO, TrainConfig, automatic_fresh, require
 from stage2_student.data import RowMaker
 from stage2_student.dataset import TrainingRows
 from stage2_student.losses import Counts, total
@@ -133,7 +133,7 @@ def prepare(
     for cache in opened:
         require(config, cache.spec, str(cache.path))
     student = load_student(base)
-    _check_blocks(config, student, str(base))
+    student.check_blocks(str(base), config.block_size, config.block_start)  # `base_defaults` took them from it
     if config.lora_rank:
         adapters.add_adapters(student.model, config, student.mask_id if student.mask_added else None, str(base))
     distills = config.objective != "none"
@@ -172,24 +172,6 @@ def prepare(
     )
     plan = dataclasses.replace(_plan(config, rows, steps, student), fresh_is_automatic=automatic)
     return Prepared(trained_from, student, rows, plan, config)
-
-
-def _check_blocks(config: TrainConfig, student: Student, base: str) -> None:
-    """A base goes on with the blocks that it knows; `base_defaults` takes them from it where nobody says anything.
-
-    Raises:
-        TidecacheError: the configuration has others.
-    """
-    for name, trained, asked in (
-        ("block_size", student.block_size, config.block_size),
-        ("block_start", student.block_start if "block_start" in student.metadata else None, config.block_start),
-    ):
-        if trained is not None and trained != asked:
-            raise TidecacheError(
-                f"{name}: the base {base} was trained with {trained}, this run asks for {asked}: leave "
-                f"--{name.replace('_', '-')} out (and out of the recipe) to go on with its own; to train it anew with "
-                f"another, take {name} out of its {METADATA_FILE}"
-            )
 
 
 def _plan(config: TrainConfig, rows: TrainingRows, steps: int, student: Student) -> Plan:

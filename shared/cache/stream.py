@@ -157,8 +157,12 @@ class DrawStream:
         ]
 
     def __getitem__(self, number: int) -> Draw:
+        return self.located(number)[1]
+
+    def located(self, number: int) -> tuple[int, Draw]:
+        """Item `number` with the number of its cache."""
         cache, within = self._place(number)
-        return self._windows[cache].item(within)
+        return cache, self._windows[cache].item(within)
 
     def iterate(self, start: int = 0) -> Iterator[Draw]:
         """Items start, start + 1, … without end."""

@@ -243,9 +243,12 @@ def test_the_block_start_is_saved_and_honoured(chats: Cache, tmp_path: Path) -> 
     [
         (
             {"block_size": 8},
-            r"block_size: the base .* was trained with 16, this run asks for 8: leave --block-size out",
+            r"base: trained with block size 16, asked for 8: .*leave --block-size out",
         ),
-        ({"block_size": 16, "block_start": "response"}, r"block_start: .* trained with sequence, .*asks for response"),
+        (
+            {"block_size": 16, "block_start": "response"},
+            r"base: trained with block start sequence, asked for response: ",
+        ),
     ],
 )
 def test_other_blocks_than_the_bases_are_refused(
@@ -256,7 +259,7 @@ def test_other_blocks_than_the_bases_are_refused(
     with pytest.raises(TidecacheError, match=said):
         train(short(**changes), chats, base, tmp_path / "out")
     with pytest.raises(TidecacheError, match="trained with block size 16, asked for 8"):
-        load_student(base).check_block_size(8, str(base))
+        load_student(base).check_blocks(str(base), 8)
 
 
 # dLLM
