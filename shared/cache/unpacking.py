@@ -95,14 +95,14 @@ def chunks_of(parsed: dict[int, Any], size: int) -> list[Chunk]:
     """
     schema, groups = _list(parsed, 2), _list(parsed, 4)
     leaves = _leaves(schema)
-    if len(groups) * max(leaves, 1) > MAX_COLUMN_CHUNKS:
-        raise BombError(f"{len(groups)} row groups of {leaves} columns, more than a shard can have: refused")
+    if len(groups) * max(len(leaves), 1) > MAX_COLUMN_CHUNKS:
+        raise BombError(f"{len(groups)} row groups of {len(leaves)} columns, more than a shard can have: refused")
     found = []
     for group in groups:
         columns = _list(group, 1)
-        if len(columns) != leaves:
-            raise BombError(f"a row group of {len(columns)} columns, where the schema has {leaves}")
-        for column in columns:
+        if len(columns) != len(leaves):
+            raise BombError(f"a row group of {len(columns)} columns, where the schema has {len(leaves)}")
+        for column, levels in zip(columns, leaves, strict=True):
             about = column.get(3)
             if not isinstance(about, dict) or {1, 8, 9} & set(column):
                 raise BombError("a column that is encrypted, in another file, or not described")
@@ -113,25 +113,36 @@ def chunks_of(parsed: dict[int, Any], size: int) -> list[Chunk]:
                 raise BombError(f"column {path}: its bytes are not within the file")
             if _whole(about, 4) not in _CODECS or _whole(about, 1) not in _WIDTHS:
                 raise BombError(f"column {path}: expected zstd and plain types, found another codec or type")
+            sizes = _inner(about, 16) if 16 in about else {}
+            for number, most in zip((2, 3), levels, strict=True):
+                if len(_list(sizes, number, int)) not in (0, most + 1):  # decoding would end the process
+                    raise BombError(f"column {path}: a histogram of levels that it does not have")
             found.append(Chunk(path, _whole(about, 1), start, start + length, values))
     return found
 
 
-def _leaves(schema: list[dict[int, Any]]) -> int:
-    """Columns of a schema, given as a tree in depth-first order."""
+def _leaves(schema: list[dict[int, Any]]) -> list[tuple[int, int]]:
+    """(highest repetition level, highest definition level) of each column of a schema, a tree in depth-first order."""
     if not 0 < len(schema) <= MAX_SCHEMA:
         raise BombError(f"a schema of {len(schema)} elements")
-    open_, leaves = [1], 0  # children still to come at each depth
+    leaves = []
+    open_ = [(1, 0, 0)]  # at each depth: children still to come, and the levels above them
     for element in schema:
-        while open_ and not open_[-1]:
+        while open_ and not open_[-1][0]:
             open_.pop()
         if not open_ or len(open_) > MAX_DEPTH:
             raise BombError("a schema that is no tree, or too deep")
-        open_[-1] -= 1
+        left, repetition, definition = open_.pop()
+        open_.append((left - 1, repetition, definition))
+        kind = (
+            _whole(element, 3) if 3 in element and len(open_) > 1 else 0
+        )  # required, optional, repeated; the root is none
+        levels = repetition + (kind == 2), definition + (kind > 0)
         children = _whole(element, 5) if 5 in element else 0
-        leaves += not children
-        open_.append(children)
-    if any(open_):
+        if not children:
+            leaves.append(levels)
+        open_.append((children, *levels))
+    if any(left for left, *_ in open_):
         raise BombError("a schema that is no tree")
     return leaves
 

@@ -106,7 +106,19 @@ def outside(data: bytes) -> bytes:
     return bombs.refooted(data, lambda footer: bombs.put(bombs.column(footer, IDS), 9, 1 << 40))
 
 
+def untrue_histogram(data: bytes) -> bytes:
+    """Not much memory, but Arrow's own check of it ends the process."""
+
+    def change(footer) -> None:
+        sizes = bombs.get(bombs.column(footer, IDS), 16)
+        kind, levels = bombs.get(sizes, 3)
+        bombs.put(sizes, 3, (kind, [*levels, 0]))
+
+    return bombs.refooted(data, change)
+
+
 BOMBS = {
+    "a histogram": ("likelihoods", untrue_histogram, "a histogram of levels"),
     "values that the footer does not count": ("likelihoods", equal(HUGE, None), "its footer says"),
     "values that the footer counts": ("likelihoods", equal(HUGE, HUGE), "more than a shard can have"),
     "half as many": ("likelihoods", equal(HUGE // 4, HUGE // 4), "more than a shard can have"),
