@@ -24,6 +24,7 @@ from shared.cache.reader import Cache
 from shared.cache.remote import Folder
 from shared.cache.statistics import CONFIDENCE_BINS, TIMESTEP_BINS, ContextStatistics
 from shared.cache.survey import Survey, length_at, per_chunk, survey_cache
+from shared.errors import shown
 
 SAMPLE = 16  # document ranges whose rows are read
 
@@ -104,7 +105,9 @@ def inspect_cache(path: str | Path, sample: int = SAMPLE) -> Inspection:
                 statistics[context] = statistics[context] + ContextStatistics.from_json(own[context])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             where = cache.path / receipt.likelihoods[-1].path
-            raise DamagedError(where, f"its footer has no statistics that fit the spec ({error!r})", REMEDY) from error
+            raise DamagedError(
+                where, f"its footer has no statistics that fit the spec ({shown(str(error))})", REMEDY
+            ) from error
     inner = cache.held_out()
     held_out = None if inner is None else inner.manifest
     return Inspection(cache.path, cache.manifest, sizes.by_lane, statistics, survey_cache(cache, sample), held_out)

@@ -58,8 +58,15 @@ class ContextStatistics:
         return cls(**{f.name: np.zeros((TIMESTEP_BINS, *width[f.name.rsplit("_", 1)[1]])) for f in fields(cls)})
 
     def __add__(self, other: ContextStatistics) -> ContextStatistics:
-        """The sums over both."""
-        return ContextStatistics(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+        """The sums over both.
+
+        Raises:
+            ValueError: of other bins or temperatures.
+        """
+        names = [f.name for f in fields(self)]
+        if any(getattr(self, n).shape != getattr(other, n).shape for n in names):
+            raise ValueError("statistics of other bins or temperatures")
+        return ContextStatistics(**{n: getattr(self, n) + getattr(other, n) for n in names})
 
     def to_json(self) -> dict[str, Any]:
         """Nested lists by field."""

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from shared.cache import open_cache
+from shared.cache import open_cache, parquet
 from shared.cache.manifest import seal
 from shared.errors import TidecacheError
 from tests.shared.cache import resealed, synthetic
@@ -337,3 +338,17 @@ def test_many_shards_that_overlap_are_found_at_once(folder, tmp_path) -> None:
 
     with pytest.raises(TidecacheError, match="hold the same draws"):
         open_cache(resealed.manifest(folder, tmp_path / "hostile", change))
+
+
+@pytest.mark.parametrize("value", [None, [], {}, "x", [[0.0]], [["a"] * 2] * 10, [0.0], [[0.0] * 3] * 10, "[" * 1000])
+def test_statistics_that_do_not_fit(folder, tmp_path, capsys, value) -> None:
+    """A footer's figures reach the screen, and would be broadcast to any shape."""
+
+    def change(data: bytes) -> bytes:
+        table = pq.read_table(pa.BufferReader(data))
+        footer = parquet.footer_of(table.schema.metadata)
+        footer["statistics"]["compdemo"]["tail_mass_BT"] = value
+        return parquet.encode(table, footer)
+
+    root = resealed.data_file(folder, tmp_path / "hostile", "likelihoods", change)
+    refuse(root, capsys, "no statistics that fit", ways=("inspect",))
