@@ -238,6 +238,12 @@ def draws_part(threads: int, repeats: int, report: dict[str, float]) -> None:
 PARTS = {"steps": steps_part, "head": head_part, "draws": draws_part}
 
 
+def show(report: dict[str, float]) -> None:
+    """Some rows of the table, at once."""
+    for name, value in report.items():
+        print(f"{name:72} {value:.4g}", flush=True)
+
+
 def main() -> None:
     """Run what is asked for and print one table."""
     arguments = argparse.ArgumentParser(
@@ -256,16 +262,20 @@ def main() -> None:
     if options.gpu:
         import student_gpu
 
-        report = student_gpu.measure()
+        for found in student_gpu.measure():
+            show(found)
+            report |= found
     elif options.quality:
         import student_quality
 
         report = student_quality.measure()
+        show(report)
     else:
         for part in options.parts.split(","):
-            PARTS[part](options.threads, options.repeats, report)
-    for name, value in report.items():
-        print(f"{name:72} {value:.4g}")
+            found = {}
+            PARTS[part](options.threads, options.repeats, found)
+            show(found)
+            report |= found
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
     if (worst := max((v for n, v in report.items() if "relative difference" in n), default=0.0)) > 1e-4:

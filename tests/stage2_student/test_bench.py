@@ -30,8 +30,21 @@ for objective in ("calm", "kl"):
         found.append([float(loss), float(norm)])
         student.zero_grad()
     losses[objective] = found
-scale = student_gpu.Scale(shape, shape, sizes, steps.Sizes(1, 4, 64, 16), seconds=0.0, warm_up=1)
-print(json.dumps([losses, student_gpu.measure(scale, "cpu")]))
+scale = student_gpu.Scale(shape, shape, sizes, steps.Sizes(1, 4, 64, 16), sizes, seconds=0.0, warm_up=1)
+def measured(**limits):
+    return {name: value for part in student_gpu.measure(scale, "cpu", **limits) for name, value in part.items()}
+report = measured()
+our_step = steps.our_step
+def fits_two_rows(*a, **k):
+    step = our_step(*a, **k)
+    def within(batch):
+        if k and len(batch) > 2:  # the steps that are timed
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(batch)
+    return within
+steps.our_step = fits_two_rows
+halved = measured()
+print(json.dumps([losses, report, halved, measured(limit=50.0)]))
 """
 
 
@@ -40,7 +53,7 @@ def test_both_ways_agree_and_the_gpu_mode_runs() -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCH), str(BENCH.parent)])}
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    losses, report = json.loads(done.stdout.splitlines()[-1])
+    losses, report, halved, late = json.loads(done.stdout.splitlines()[-1])
     plain, ours = losses["calm"]
     assert ours == pytest.approx(plain, rel=1e-5)
     plain, ours = losses["kl"]  # ours has a sample of the vocabulary
@@ -49,3 +62,10 @@ def test_both_ways_agree_and_the_gpu_mode_runs() -> None:
         assert report[f"gpu: {name}, tokens/s"] > 0
         assert 0 < report[f"gpu: {name}, student's MFU"] < 2
         assert report[f"gpu: {name}, peak GiB"] > 0
+        assert (report[f"gpu: {name}, rows a step"], halved[f"gpu: {name}, rows a step"]) == (4, 2)
+        assert f"gpu: {name}: out of memory with 4 rows a step; trying 2" in done.stdout
+        assert f"gpu: {name}: not measured, since " in done.stdout
+        assert f"gpu: {name}, tokens/s" not in late
+    for key in ("loss", "gradient norm"):
+        assert report[f"gpu: float32, split, {key}"] == pytest.approx(report[f"gpu: float32, dense, {key}"], rel=1e-4)
+        assert report[f"gpu: float32, relative difference of {key}"] < 1e-4

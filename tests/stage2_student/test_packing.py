@@ -260,7 +260,7 @@ def step(student: Student, batches: list[Batch], config: Any) -> tuple[Tensor, T
     """Loss and flat gradient of one optimiser step over these micro-batches."""
     student.model.zero_grad(set_to_none=True)
     counts, model = Counts.of(batches, config), TrainableStudent(student.model, config)
-    loss = torch.zeros(())
+    loss = torch.zeros((), device=batches[0].noisy_BL.device)
     for batch in batches:
         part = total(model(batch, 0.4), counts, config)
         part.backward()
@@ -301,3 +301,25 @@ def test_multi_draw_packed_and_plain_batches_are_one_step(recipe: str, draws_cac
     ce_config = replace(config, distill_weight=0.0)
     found, _ = step(student, [batch], ce_config)
     torch.testing.assert_close(found.double(), nll / trainable, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward pass on CUDA alone")
+@pytest.mark.parametrize("recipe", ["reverse-calm-tidal", "events"])
+def test_flex_attention_trains_as_dense_attention_does(
+    recipe: str, draws_cache: Cache, student_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradient of a whole step on a GPU in float32, by the kernel chosen there and by `dense`, to 1e-4."""
+    student, config = load_student(student_folder), replace(load_recipe(recipe), block_size=16)
+    student.model.to("cuda")
+    temperature = config.temperature if config.uses_events else None
+    maker = RowMaker(TextTokenizer.load(student_folder), draws_cache.spec, 16, config.context, temperature=temperature)
+    rows = [maker.cached_row(d) for d in sorted(draws_cache.iter_draws(), key=lambda d: (d.document, d.draw))]
+    batch = Collator(student.mask_id, student.pad_id)(rows).to(torch.device("cuda"))
+    used = []
+    monkeypatch.setattr(kernels, "flex", lambda *a, flex=kernels.flex: used.append(1) or flex(*a))
+    found, found_gradient = step(student, [batch], config)
+    assert used
+    monkeypatch.setattr(kernels, "attend", kernels.dense)
+    expected, gradient = step(student, [batch], config)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert float((found_gradient - gradient).norm() / gradient.norm()) < 1e-4
