@@ -107,8 +107,11 @@ def chunks_of(parsed: dict[int, Any], size: int) -> list[Chunk]:
             if not isinstance(about, dict) or {1, 8, 9} & set(column):
                 raise BombError("a column that is encrypted, in another file, or not described")
             path = b".".join(p for p in _list(about, 3, bytes)).decode("ascii", "backslashreplace")[:200]
-            starts = [_whole(about, 9), *([_whole(about, 11)] if about.get(11) else [])]
-            start, length, values = min(starts), _whole(about, 7), _whole(about, 5)
+            # 0: no such page. Where a shard's documents were all dropped, a column has its dictionary alone, or nothing.
+            starts = [at for at in (_whole(about, 9), _whole(about, 11) if 11 in about else 0) if at]
+            start, length, values = min(starts, default=0), _whole(about, 7), _whole(about, 5)
+            if not (starts or length or values):
+                continue
             if not 4 <= start <= start + length <= size - 8:
                 raise BombError(f"column {path}: its bytes are not within the file")
             if _whole(about, 4) not in _CODECS or _whole(about, 1) not in _WIDTHS:

@@ -143,7 +143,7 @@ def stop_at(step: int, original: Any) -> Any:
 def test_every_cache_must_have_what_the_recipe_needs(cache: Cache, student_folder: Path, tmp_path: Path) -> None:
     gold = synthetic.make_cache(tmp_path / "gold", synthetic.texts(2), draws=1, lanes=("gold",))
     both = [WeightedCache(str(cache.path)), WeightedCache(str(gold.path))]
-    with pytest.raises(TidecacheError, match=rf"needs the topk lane, the cache {gold.path} holds gold"):
+    with pytest.raises(TidecacheError, match=rf"{gold.path}: objective: kl needs the topk lane, the cache holds gold"):
         run.prepare(load_recipe("events", {"steps": 1}), both, student_folder)
 
 
