@@ -131,7 +131,7 @@ def refuse_tail(tail_samples: int, backend: str) -> None:
     if tail_samples and backend != "transformers":
         raise TidecacheError(
             f"--tail-samples {tail_samples}: only the backend transformers samples the tail, found --backend {backend}: "
-            f"take --backend transformers, or leave --tail-samples out and store a larger --k"
+            f"take --backend transformers, or pass --tail-samples 0 and store a larger --k"
         )
 
 

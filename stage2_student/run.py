@@ -27,6 +27,7 @@ from shared.cache.remote import Folder
 from shared.cache.selection import Selection
 from shared.cache.stream import DrawStream
 from shared.errors import TidecacheError
+from shared.spec import CaptureSpec
 from stage2_student import adapters, checkpoints, families, tidal
 from stage2_student.batch import Collator
 from stage2_student.callbacks import Display, LogFile
@@ -74,6 +75,7 @@ class Plan:
     tidal_weight_last: float
     tokens: int
     fresh_is_automatic: bool = False
+    without_tail: tuple[str, ...] = ()  # caches of which KL misses tail samples, see `misses_tail`
 
     def table(self, config: TrainConfig) -> Table:
         """For people."""
@@ -104,6 +106,15 @@ class Plan:
             what = "target share λ" if config.tidal == "interpolate" else "loss weight"
             values = f"{self.tidal_weight_first:.3f} → {self.tidal_weight_last:.3f}"
             rows.append((f"TIDAL, {config.tidal}", f"mean {what} over timesteps {values}"))
+        rows += [
+            (
+                "note",
+                f"{path} has no tail samples: at T = {config.temperature:g} all that its k fillings leave counts as one "
+                "event, and the gradient can be far from that of KL between whole distributions (docs/recipes.md); "
+                f"`tidecache teacher extend {path} --tail-samples 32` adds them",
+            )
+            for path in self.without_tail
+        ]
         for name, value in rows:
             table.add_row(name, value)
         return table
@@ -220,7 +231,17 @@ def _plan(config: TrainConfig, rows: TrainingRows, steps: int, student: Student)
         tidal_weight_first=weight(0.0),
         tidal_weight_last=weight(1.0),
         tokens=round(mean_length * len(rows)),
+        without_tail=tuple(str(c.path) for c in draws.caches if misses_tail(config, c.spec, student.text.digest)),
     )
+
+
+def misses_tail(config: TrainConfig, spec: CaptureSpec, tokenizer: str) -> bool:
+    """Whether forward KL above temperature 1, where the tail weighs most, would gain from tail samples that the cache lacks.
+
+    They serve one tokenizer alone: `tokenizer` is the digest of the student's.
+    """
+    softened = config.objective == "kl" and config.temperature > 1.0
+    return softened and tokenizer == spec.teacher.tokenizer and not spec.tail_samples
 
 
 def _cache_plan(

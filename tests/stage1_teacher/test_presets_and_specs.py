@@ -133,7 +133,7 @@ def test_capture_from_a_toml_file(kind: str, tmp_path: Path, monkeypatch: pytest
 def test_specs_set_what_the_released_code_has() -> None:
     assert spec_names() == ["paper-cross", "paper-shared"]
     names = ("teacher", "corpus", "layout", "block_size", "mask_law", "context", "demo_ratio", "temperatures")
-    options = dict.fromkeys((*names, "length", "student_length", "students"))
+    options = dict.fromkeys((*names, "length", "student_length", "students", "k", "tail_samples"))
     cross, shared = read_spec("paper-cross", options), read_spec("paper-shared", options)
     for spec, teacher, layout, context, length in (
         (cross, "moe16b", "full", "plain", 1024),
@@ -141,6 +141,8 @@ def test_specs_set_what_the_released_code_has() -> None:
     ):
         assert (spec["teacher"], spec["layout"], spec["context"], spec["length"]) == (teacher, layout, context, length)
         assert (spec["mask_law"], spec["student_length"], spec["corpus"]) == ("token", 512, "paper-mixture")
+    assert (shared["temperatures"], shared["k"], shared["tail_samples"]) == ("1,2", 32, 32)
+    assert not {"k", "tail_samples"} & set(cross)  # CALM needs the gold lane alone
 
 
 def test_flags_win_over_a_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +163,7 @@ def test_flags_win_over_a_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (spec.teacher.name, spec.teacher.layout, spec.teacher.block_size) == ("tiny", "bd3lm", 32)
     assert (spec.mask_law, spec.contexts, spec.demo_ratio) == ("token", ("compdemo",), 0.5)
     assert (spec.length_limit, spec.students[0].length_limit) == (100, 512)
+    assert (spec.k, spec.tail_samples) == (32, 32)
 
 
 def test_bad_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

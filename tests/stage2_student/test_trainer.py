@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from stage2_student.data import FRESH_DRAWS_FROM
 from stage2_student.evaluation import evaluate
 from stage2_student.model import load_student
 from stage2_student.trainer import StudentTrainer, training_arguments
+from tests.conftest import TINY_TEACHER
 from tests.stage2_student import synthetic
 
 
@@ -261,6 +263,22 @@ def test_a_dry_run_writes_nothing_and_says_what_would_happen(
         "first batch: loss",
     ):
         assert said in text, text
+
+
+def test_the_plan_says_what_kl_misses_without_tail_samples(cache: Cache, tmp_path: Path) -> None:
+    base = synthetic.save_student(tmp_path / "base", vocabulary=8192)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TINY_TEACHER / name, base / name)
+    console, config = Console(file=io.StringIO(), width=1000), short("kl", min_coverage=0.0)
+    run.train(config, cache.path, base, tmp_path / "out", stop_before_training=True, console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"`tidecache teacher extend {cache.path} --tail-samples 32`" in said
+    own, spec = cache.spec.teacher.tokenizer, cache.spec
+    assert run.misses_tail(config, spec, own)
+    assert not run.misses_tail(config, dataclasses.replace(spec, tail_samples=8), own)
+    assert not run.misses_tail(config, spec, spec.students[0].tokenizer)
+    assert not run.misses_tail(dataclasses.replace(config, temperature=1.0), spec, own)
+    assert not run.misses_tail(short("reverse-kl"), spec, own)
 
 
 def test_an_undeclared_student_tokenizer_trains_on_what_it_can_use(cache: Cache, tmp_path: Path) -> None:
