@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import TINY_STUDENT, TINY_TEACHER
 
 BLOCKED = """
@@ -24,6 +26,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_student_trains_after_the_teacher_is_gone(tmp_path: Path) -> None:
     teacher = tmp_path / "teacher"
     shutil.copytree(TINY_TEACHER, teacher)

@@ -159,6 +159,7 @@ def limited(*folders: Path) -> list[dict[str, str | None]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_bombs(folder, tmp_path) -> None:
     roots = [
         resealed.data_file(
