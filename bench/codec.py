@@ -13,7 +13,8 @@ KL between the exact and the stored distribution over the k fillings and *other*
   sums, as always. single: uniform, and all chunks of one token, since longer ones take less: the worst that there can be.
 
 Bytes are those of the shard file that the writer makes of the sample, Parquet and zstd included: *topk* are the lane's column
-chunks, *all* the whole file with footers. KL: mean and maximum over chunks at T = 1 and 2. *error*: mean and maximum of a stored
+chunks, *all* the whole file with footers. KL: mean and maximum over chunks at T = 1 and 2;
+in both distributions *other* is at least 1e-6, and they are renormalised. *error*: mean and maximum of a stored
 log-likelihood's error, nats. Speeds are scored tokens per CPU second, best of `--repeat` turns: *encode* from scores to the file's bytes
 without compression, *decode* the lane from its column, *write* and *read* the whole file. For the embedded teacher the last lines
 say which share of the teacher's own time encoding takes.
@@ -260,8 +261,9 @@ def speeds(sample: Sample, repeat: int) -> Table:
         for name in ("raw", "packed"):
             cut = sample.of(k, name)
             rates = speed(cut, repeat)
-            extra = dict.fromkeys(("raw", "packed"), rates["write"])[name]
-            share = "" if sample.teacher_seconds is None else f"{sample.tokens / extra / sample.teacher_seconds:.1%}"
+            share = ""
+            if sample.teacher_seconds is not None:
+                share = f"{sample.tokens / rates['write'] / sample.teacher_seconds:.1%}"
             table.add_row(str(k), name, *(f"{rates[n]:,.0f}" for n in ("encode", "decode", "write", "read")), share)
     return table
 

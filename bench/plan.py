@@ -25,7 +25,7 @@ from stage1_teacher.capture import Capture
 from stage1_teacher.draft import Draft
 from stage1_teacher.options import CaptureOptions
 from stage1_teacher.plan import make_plan
-from stage1_teacher.plan_sample import _Unheard
+from stage1_teacher.plan_sample import Unheard
 from stage1_teacher.shards import LocalEngine, ShardMaker
 
 CONFIGURATIONS = {
@@ -59,7 +59,7 @@ def compare(options: CaptureOptions, sample: int) -> dict[str, object]:
     begin = time.monotonic()
     teacher, spec = draft.load()
     engine = LocalEngine(teacher, ShardMaker(spec, draft.tokenizer, draft.students))
-    report = Capture(engine, draft.tokenizer, spec, draft.extent, draft.folder(spec), _Unheard()).run()
+    report = Capture(engine, draft.tokenizer, spec, draft.extent, draft.folder(spec), Unheard()).run()
     seconds = time.monotonic() - begin
     parts = [p.manifest for p in (report.train, report.held_out) if p is not None]
     return {

@@ -236,7 +236,7 @@ class Scored:
     scored_tokens: int
 
 
-class _Unheard:
+class Unheard:
     """A `Watcher` that tells nobody."""
 
     def skipped(self, documents: int) -> None:
@@ -268,11 +268,11 @@ def score_sample(
     draws = min(extent.draws, SCORED_DRAWS)
     size = _group_size(spec, extent, subjects, draws)
     jobs = [_job(spec, subjects[a : a + size], draws) for a in range(0, len(subjects), size)]
-    score_shard(teacher, maker.k, jobs[0], _Unheard())  # warm-up: first kernels, allocations, compilation
+    score_shard(teacher, maker.k, jobs[0], Unheard())  # warm-up: first kernels, allocations, compilation
     groups, records = [], []
     for job in jobs:
         begin, cpu_begin = time.monotonic(), time.process_time()
-        scores, _ = score_shard(teacher, maker.k, job, _Unheard())
+        scores, _ = score_shard(teacher, maker.k, job, Unheard())
         middle, cpu_seconds = time.monotonic(), time.process_time() - cpu_begin
         found = records_of(spec, job.draws, scores)
         data = _likelihoods(spec, job.subjects, draws, found)

@@ -59,3 +59,18 @@ def test_the_real_shapes_are_the_checkpoints(monkeypatch: pytest.MonkeyPatch) ->
     mixture, dense = (teacher_shapes.active_flops(shape.config) / 2 for shape in teacher_shapes.REAL)
     assert mixture == pytest.approx(1.44e9 - 2 * 157184 * 2048, rel=0.1)  # LLaDA2.0-mini: 1.4 billion active
     assert dense == pytest.approx(6.95e9, rel=0.01)  # Qwen3-8B: 6.95 billion without embeddings
+
+
+def test_the_codec_keeps_to_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per scored teacher token, on the embedded teacher's own scores."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import codec as bench
+
+    sample = bench.embedded(4)
+    for k, most in ((16, 44), (64, 160)):
+        cut = sample.of(k, "packed")
+        data = cut.encode()
+        assert (
+            bench.column_bytes(data, ("topk_packed", "gold_logp")) <= most * cut.tokens
+        )  # log Z is in the packed column
+        assert bench.column_bytes(data, bench.GOLD) <= 3 * cut.tokens

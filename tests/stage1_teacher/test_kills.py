@@ -77,7 +77,7 @@ def test_a_file_system_without_space(corpus: str, tmp_path: Path) -> None:
     command = ["unshare", "-m", "sh", "-c", script, "sh", str(tmp_path), corpus, "160k"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     if done.returncode == 77 or "unshare" in done.stderr:
-        pytest.skip("no file system can be mounted here")
+        pytest.skip("mounting is not allowed here; the tests with a file-size limit cover the same errors without it")
     assert done.returncode == 0, done.stderr[-3000:]
     message = json.loads((tmp_path / "first").read_text())
     assert f"{tmp_path}/disk/cache/" in message

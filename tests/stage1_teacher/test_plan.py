@@ -20,7 +20,7 @@ from stage1_teacher.commands import app
 from stage1_teacher.draft import Draft
 from stage1_teacher.options import CaptureOptions
 from stage1_teacher.plan import Plan, make_plan
-from stage1_teacher.plan_sample import Slice, _Unheard, scan
+from stage1_teacher.plan_sample import Slice, Unheard, scan
 from stage1_teacher.planning import ShardPart
 from stage1_teacher.shards import LocalEngine, ShardMaker
 from tests.stage1_teacher.captures import WORDS, texts
@@ -57,7 +57,7 @@ def planned_and_captured(options: CaptureOptions, documents: int) -> tuple[Plan,
     loaded, spec = draft.load()
     assert found.spec == spec
     engine = LocalEngine(loaded, ShardMaker(spec, draft.tokenizer, draft.students))
-    report = Capture(engine, draft.tokenizer, spec, draft.extent, options.out, _Unheard()).run()
+    report = Capture(engine, draft.tokenizer, spec, draft.extent, options.out, Unheard()).run()
     return found, [part.manifest for part in (report.train, report.held_out) if part is not None]
 
 
@@ -187,7 +187,7 @@ def test_the_command_says_it_and_writes_no_cache(teacher, tmp_path, monkeypatch)
     loaded, spec = draft.load()
     Capture(
         LocalEngine(loaded, ShardMaker(spec, draft.tokenizer, draft.students)),
-        draft.tokenizer, spec, draft.extent, out, _Unheard(),
+        draft.tokenizer, spec, draft.extent, out, Unheard(),
     ).run()  # fmt: skip
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     again = " ".join(CliRunner().invoke(app, [*given, "--limit", "4", "--out", str(out)]).output.split())

@@ -56,7 +56,7 @@ def go(process: subprocess.Popen[str]) -> float:
 
 
 def kill_at_random_points(folder: Path, kills: int, seconds: float, randomness: random.Random) -> None:
-    """Start captures and kill them; a second one works on the other half, or on the same shards, every other time."""
+    """Start captures and kill them; of five, two have a second one on the same shards, one a second one on the other half."""
     for attempt in range(kills):
         parts = 1 + attempt % 2
         first = start(folder, 0, parts)
