@@ -14,7 +14,11 @@
 Every way lives in a process of its own, so that its peak memory is its own, and the ways take turns step by step, so
 that whatever else the machine does hits all of them; ratios are medians over the turns. CPU seconds of all threads,
 which wait without spinning, stand beside wall seconds: on a busy machine they are the steadier number. Peak memory is
-the process's, the interpreter with its libraries included, and beside it what the step adds.
+the process's, the interpreter with its libraries included, and beside it what the step adds. The target of 0.42 is for
+the first, the whole process.
+
+`kl` (TIDAL + CompDemo KL) is not the same mathematics on both sides: plain takes the dense KL over the whole
+vocabulary, ours the events of a cache, 32 candidates and 32 samples. Its ratio says what a user gains, not a kernel.
 """
 
 from __future__ import annotations
@@ -188,6 +192,8 @@ def steps_part(threads: int, repeats: int, report: dict[str, float]) -> None:
     for objective, least in (("calm", 3.4), ("kl", 6.0)):
         found = race([name for name in WAYS if name.endswith(f", {objective}")], threads, repeats)
         plain = found[f"plain, {objective}"]
+        if objective == "kl":
+            print("kl, TIDAL + CompDemo: plain is dense KL over the vocabulary, ours KL over events with samples")
         for who in ("ours", "ours, recomputing"):
             ours = found[f"{who}, {objective}"]
             title = f"{objective}: {who}"
@@ -201,9 +207,9 @@ def steps_part(threads: int, repeats: int, report: dict[str, float]) -> None:
                 report[f"{title}: whole step, {clock}, × (target {least:g})"] = ratio(whole_R, our_R)
             report[f"{title}: plain peak, MiB"] = plain["peak"]
             report[f"{title}: peak, MiB"] = ours["peak"]
-            report[f"{title}: peak, share of plain (target 0.42)"] = ours["peak"] / plain["peak"]
+            report[f"{title}: peak, whole process, share of plain (target 0.42)"] = ours["peak"] / plain["peak"]
             added = (ours["peak"] - ours["idle"]) / (plain["peak"] - plain["idle"])
-            report[f"{title}: what the step adds, share of plain"] = added
+            report[f"{title}: beside it, what the step adds, share of plain"] = added
             if objective == "calm":  # the same mathematics; `kl` differs by what a cache keeps of the vocabulary
                 for key in ("loss", "norm"):
                     pairs = zip(plain[key], ours[key], strict=True)
