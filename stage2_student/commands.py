@@ -100,7 +100,9 @@ def train(
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0: only the result.")] = None,
     eval_steps: Annotated[int | None, typer.Option(help="Steps between held-out evaluations; 0: none.")] = None,
     eval_documents: Annotated[int | None, typer.Option(help="Held-out documents of an evaluation.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Loader processes.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that prepare batches; -1: 2 beside a GPU, 0 on a CPU.")
+    ] = None,
     peak_tflops: Annotated[
         float | None, typer.Option(help="TFLOP/s of one device, which MFU is a share of; 0: measured.")
     ] = None,

@@ -27,6 +27,7 @@ OBJECTIVES = ("none", "calm", "reverse-calm", "kl", "reverse-kl")
 EVENT_OBJECTIVES = ("kl", "reverse-kl")
 BLOCK_STARTS = ("sequence", "response")
 AUTO = "auto"  # of `fresh`: decided by `automatic_fresh` once the cache is known
+GPU_WORKERS = 2
 FRESH_AT_MOST = 0.5  # of what `auto` decides: the share that a trial found to win back what reuse loses (DESIGN §1, §6)
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "objective": OBJECTIVES,
@@ -51,7 +52,7 @@ LOWEST: Mapping[str, int] = {
     "steps": 0,
     "eval_steps": 0,
     "eval_documents": 1,
-    "workers": 0,
+    "workers": -1,
     "lora_rank": 0,
     "lora_alpha": 1,
 }
@@ -70,7 +71,7 @@ class TrainConfig:
     (`all-linear`, or names with commas between), scaled by `lora_alpha` / `lora_rank`. `activation_checkpointing`
     computes each layer again in backward instead of keeping what it computed. `eval_steps`: steps between evaluations
     on the first `eval_documents` held-out documents; 0: never. `peak_tflops`: of one device, what MFU is a share of; 0:
-    measured.
+    measured. `workers` prepare batches ahead of the step; −1: `GPU_WORKERS` beside a GPU, none on a CPU, whose cores the step needs.
     """
 
     objective: str = "reverse-calm"
@@ -110,7 +111,7 @@ class TrainConfig:
     save_steps: int = 500
     eval_steps: int = 500
     eval_documents: int = 64
-    workers: int = 0
+    workers: int = -1
     peak_tflops: float = 0.0
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ from shared.cache.reader import Cache
 from shared.errors import TidecacheError
 from stage2_student import checkpoints, insight, tidal
 from stage2_student.batch import Batch, Collator
-from stage2_student.config import TrainConfig
+from stage2_student.config import GPU_WORKERS, TrainConfig
 from stage2_student.dataset import Failure, OrFailure, TrainingRows
 from stage2_student.evaluation import Share, evaluate
 from stage2_student.losses import BatchLosses, Counts, total
@@ -74,7 +74,7 @@ def training_arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=[],
-        dataloader_num_workers=config.workers,
+        dataloader_num_workers=loader_workers(config, torch.accelerator.is_available()),
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,  # every trained weight has a part in every loss
     )
@@ -82,6 +82,13 @@ def training_arguments(
         # Several GPUs belong to several processes (`accelerate launch`); nn.DataParallel cannot split a Batch.
         arguments._n_gpu = 1
     return arguments
+
+
+def loader_workers(config: TrainConfig, on_gpu: bool) -> int:
+    """Processes that prepare batches ahead of the step."""
+    if config.workers >= 0:
+        return config.workers
+    return GPU_WORKERS if on_gpu else 0
 
 
 def fsdp_wanted() -> bool:
