@@ -257,15 +257,16 @@ INTRODUCTION = """# Evidence
 
 What offline distillation costs and what it gains, measured with the embedded pair on this Python's standard library.
 Written by `{command}` from `{results}`; nothing on this page is typed by hand. Text, caches and measurements are described in
-`bench/evidence_work.py`: students are trained on {documents} documents for {epochs} epochs ({steps} steps of {batch}),
-from one base, and measured on {test} documents of modules that neither model has seen and that `make demo` does not
-show. Figures are means over seeds ± twice the standard error; differences are paired by seed. An embedded model of 1.7M
-parameters on 0.1 MB of text is a small world: read the directions, not the sizes.
+`bench/evidence_work.py`: students are trained on {documents} documents for {epochs} epochs ({steps} steps of {batch},
+learning rate {rate:g} unless a row names another), from one base, and measured on {test} documents of modules that neither
+model has seen and that `make demo` does not show. Figures are means over seeds ± twice the standard error; differences
+are paired by seed. An embedded model of 1.7M parameters on 0.1 MB of text is a small world: read the directions, not
+the sizes.
 """
 SECTIONS = (
     ("offline and online", "Offline against online", "As many stored draws as epochs, each used once, have the law of a teacher "
         "in the loop (`tests/e2e/test_replay.py`: the same losses and gradients), so the last rows stand for it."),
-    ("objectives", "Objectives", "At the learning rate that cross-entropy likes best on the validation documents."),
+    ("objectives", "Objectives", ""),
     ("candidates", "Candidates per chunk", ""),
     ("contexts", "Contexts and directions", ""),
     ("TIDAL", "TIDAL", ""),
@@ -289,7 +290,7 @@ def write_page(path: Path, scale: Scale, results: Results) -> None:
         INTRODUCTION.format(
             command="make evidence" if scale.name == "full" else f"make evidence-{scale.name}",
             results=f"bench/results/{results.path.name}", documents=scale.documents, epochs=scale.epochs,
-            steps=scale.steps, batch=scale.batch, test=scale.test_documents,
+            steps=scale.steps, batch=scale.batch, rate=scale.learning_rate, test=scale.test_documents,
         )
     ]  # fmt: skip
     for name, plot in (("draws", draws_plot(found)), ("generation", generation_plot(found))):

@@ -36,7 +36,7 @@ from stage1_teacher.backends import Teacher
 from stage1_teacher.capture import Capture, Report
 from stage1_teacher.draft import Draft
 from stage1_teacher.options import CaptureOptions
-from stage1_teacher.pipeline import Watcher
+from stage1_teacher.plan_sample import Unheard
 from stage1_teacher.shards import LocalEngine, ShardMaker
 from stage2_student.config import base_defaults, load_recipe
 from stage2_student.evaluation import evaluate, evaluate_teacher
@@ -61,14 +61,10 @@ class Pair:
     device: str = "cpu"
 
 
-class Quiet(Watcher):
-    """Hears of a capture and says nothing."""
-
-
 def capture(draft: Draft, teacher: Teacher, spec: CaptureSpec, folder: Path) -> Report:
     """As `tidecache teacher capture` does it, with any teacher."""
     engine = LocalEngine(teacher, ShardMaker(spec, draft.tokenizer, draft.students))
-    return Capture(engine, draft.tokenizer, spec, draft.extent, folder, Quiet()).run()
+    return Capture(engine, draft.tokenizer, spec, draft.extent, folder, Unheard()).run()
 
 
 @dataclass(frozen=True)
@@ -118,14 +114,14 @@ class Workshop:
         """Capture what `choice` is sliced from, or find it done."""
         choice = choice.captured()
         name = f"{choice.teacher}-{choice.mask_law}-{choice.tokenizers}"
-        return self._capture(name, self._corpus_of(choice), choice, self.scale.draws, "gold,topk")
+        return self._capture(name, self._corpus_of(choice), choice, self.scale.draws)
 
     def measured_on(self, name: str) -> Cache:
         """The held-out cache `test` or `validation`: two draws per document, by the embedded teacher."""
-        found = self._capture(f"held-out-{name}", self.corpora[name], CacheChoice(k=1), 2, "gold,topk")
+        found = self._capture(f"held-out-{name}", self.corpora[name], CacheChoice(k=1), 2)
         return open_cache(found.folder)
 
-    def _capture(self, name: str, corpus: Path, choice: CacheChoice, draws: int, lanes: str) -> Captured:
+    def _capture(self, name: str, corpus: Path, choice: CacheChoice, draws: int) -> Captured:
         folder, note = self.folder / "caches" / name, self.folder / "caches" / f"{name}.json"
         if note.exists():
             return Captured(folder, **json.loads(note.read_text(encoding="utf-8")))
@@ -137,7 +133,6 @@ class Workshop:
             draws=draws,
             context=self.scale.contexts,
             held_out="none",
-            lanes=lanes,
             k=choice.k,
             mask_law=choice.mask_law,
             students=self._students(choice.tokenizers),
