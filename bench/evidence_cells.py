@@ -31,7 +31,7 @@ class Scale:
     seeds: int
     infill_documents: int
     prompts: int
-    learning_rate: float = 5e-4  # the embedded base's own
+    learning_rate: float = 2e-4  # of those on the page, the best for both
     contexts: str = "both"
 
     @property

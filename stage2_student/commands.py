@@ -70,7 +70,7 @@ def train(
     tidal_decay: Annotated[str | None, typer.Option(help="cosine or linear.")] = None,
     lambda_init: Annotated[float | None, typer.Option(help="TIDAL's λ at the start.")] = None,
     lambda_max: Annotated[float | None, typer.Option(help="TIDAL's λ at the end.")] = None,
-    timestep_weight: Annotated[str | None, typer.Option(help="uniform or midrange.")] = None,
+    timestep_weight: Annotated[str | None, typer.Option(help="uniform, midrange, measured, or numbers by bin.")] = None,
     ce_normalisation: Annotated[str | None, typer.Option(help="token, sequence or batch.")] = None,
     fresh: Annotated[str | None, typer.Option(help="Share of rows with fresh masks, or auto.")] = None,
     min_coverage: Annotated[float | None, typer.Option(help="Least share of chunks with a teacher's score.")] = None,

@@ -12,9 +12,11 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ METADATA_FILE = "tidecache.json"  # beside a student's weights
 OBJECTIVES = ("none", "calm", "reverse-calm", "kl", "reverse-kl")
 EVENT_OBJECTIVES = ("kl", "reverse-kl")
 BLOCK_STARTS = ("sequence", "response")
+TIMESTEP_WEIGHTS = ("uniform", "midrange")
+MEASURED = "measured"  # of timestep weights: replaced by numbers once the cache is known, by `reliability`
 AUTO = "auto"  # of `fresh`: decided by `automatic_fresh` once the cache is known
 GPU_WORKERS = 2
 FRESH_AT_MOST = 0.5  # of what `auto` decides: the share that a trial found to win back what reuse loses (DESIGN §1, §6)
@@ -35,7 +39,6 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "tidal": ("none", "interpolate", "weight"),
     "tidal_axis": ("both", "training", "timestep"),
     "tidal_decay": ("cosine", "linear"),
-    "timestep_weight": ("uniform", "midrange"),
     "ce_normalisation": ("token", "sequence", "batch"),
     "scheduler": ("cosine", "linear", "constant_with_warmup"),
     "precision": ("float32", "bf16"),
@@ -64,6 +67,8 @@ class TrainConfig:
     `save_steps` 0 writes the result alone.
 
     A row is one (document, draw); an epoch takes as many rows as there are documents. `warmup` is a share of all steps.
+    `timestep_weight`: `uniform`, `midrange`, `measured` (from how good the teacher is by timestep, which the cache says:
+    `reliability`), or numbers by timestep bin with commas between, as `measured` is decided.
     `draws_together` rows, one after the other, are draws of one document, so that they can share its clean half.
     `fresh` is a share of the rows, or `auto`. `block_start`: blocks count from the sequence's first token, as the paper
     trains, or from the response's, as it samples. `min_coverage`: least share of masked chunks that must carry a
@@ -121,6 +126,8 @@ class TrainConfig:
             if value not in allowed:
                 hint = _nearest(value, allowed)
                 raise TidecacheError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}{hint}")
+        if self.timestep_weight not in (*TIMESTEP_WEIGHTS, MEASURED):
+            bin_weights(self.timestep_weight)
         for name, lowest in LOWEST.items():
             value = getattr(self, name)
             if value < lowest:
@@ -178,6 +185,28 @@ def _nearest(name: object, known: tuple[str, ...] | list[str]) -> str:
     """` (did you mean x?)`, or nothing."""
     close = difflib.get_close_matches(str(name), known, n=2)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+@lru_cache(maxsize=16)
+def bin_weights(kind: str) -> tuple[float, ...]:
+    """The numbers of a timestep weight that is given by numbers.
+
+    Raises:
+        TidecacheError: fewer than two, or one that is negative or none, or all 0.
+    """
+    try:
+        weights = tuple(float(part) for part in kind.split(","))
+    except ValueError:
+        known = (*TIMESTEP_WEIGHTS, MEASURED)
+        raise TidecacheError(
+            f"timestep_weight: expected one of {', '.join(known)}, or numbers with commas between, found {kind!r}"
+            f"{_nearest(kind, known)}"
+        ) from None
+    if len(weights) < 2 or not all(0.0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise TidecacheError(
+            f"timestep_weight: expected at least two numbers from 0 on with commas between, not all 0, found {kind!r}"
+        )
+    return weights
 
 
 def resolve(values: Mapping[str, Any], source: str) -> TrainConfig:

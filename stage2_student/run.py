@@ -31,7 +31,7 @@ from shared.spec import CaptureSpec
 from stage2_student import adapters, checkpoints, families, tidal
 from stage2_student.batch import Collator
 from stage2_student.callbacks import Display, LogFile
-from stage2_student.config import AUTO, TrainConfig, automatic_fresh, require
+from stage2_student.config import AUTO, MEASURED, TIMESTEP_WEIGHTS, TrainConfig, automatic_fresh, require
 from stage2_student.data import RowMaker
 from stage2_student.dataset import TrainingRows
 from stage2_student.losses import Counts, total
@@ -42,6 +42,7 @@ from stage2_student.model import (
     load_student,
     restore_student,
 )
+from stage2_student.reliability import measured_weights
 from stage2_student.trainer import StudentTrainer, fsdp_wanted, training_arguments
 
 COVERAGE_DRAWS = 64  # rows that the plan looks at for coverage and length
@@ -106,6 +107,8 @@ class Plan:
             what = "target share λ" if config.tidal == "interpolate" else "loss weight"
             values = f"{self.tidal_weight_first:.3f} → {self.tidal_weight_last:.3f}"
             rows.append((f"TIDAL, {config.tidal}", f"mean {what} over timesteps {values}"))
+            if config.timestep_weight not in TIMESTEP_WEIGHTS:
+                rows.append(("timestep weight", f"{config.timestep_weight.replace(',', ', ')} (t from 0 to 1)"))
         rows += [
             (
                 "note",
@@ -163,6 +166,11 @@ def prepare(
     automatic = config.fresh == AUTO
     if automatic:
         config = dataclasses.replace(config, fresh=automatic_fresh(stored / documents, steps * batch_rows / documents))
+    if config.timestep_weight == MEASURED:
+        used = distills and config.tidal != "none"
+        config = dataclasses.replace(
+            config, timestep_weight=measured_weights(opened, config.context) if used else "uniform"
+        )
     makers = [
         RowMaker(
             student.text,

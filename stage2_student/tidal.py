@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from shared.errors import TidecacheError
+from stage2_student.config import TIMESTEP_WEIGHTS as TIMESTEP_WEIGHTS
+from stage2_student.config import bin_weights
 
 AXES = ("both", "training", "timestep")
 DECAYS = ("cosine", "linear")
-TIMESTEP_WEIGHTS = ("uniform", "midrange")
 MIDRANGE_WIDTH = 0.15  # standard deviation of the midrange bell, in units of t
 
 
@@ -76,7 +77,10 @@ def strength(
 
 
 def timestep_weight(timestep_B: Tensor, kind: str) -> Tensor:
-    """Return w(t): `uniform` = 1, `midrange` = exp(−(t − ½)² / (2·0.15²)) (DESIGN §6).
+    """Return w(t): `uniform` = 1, `midrange` = exp(−(t − ½)² / (2·0.15²)) (DESIGN §6), or given by numbers.
+
+    Numbers with commas between are w at the middles of as many bins of equal width, straight lines between, and constant
+    before the first and after the last.
 
     Raises:
         TidecacheError: an unknown kind.
@@ -85,7 +89,10 @@ def timestep_weight(timestep_B: Tensor, kind: str) -> Tensor:
         return torch.ones_like(timestep_B)
     if kind == "midrange":
         return torch.exp(-((timestep_B - 0.5) ** 2) / (2.0 * MIDRANGE_WIDTH**2))
-    raise _unknown("timestep weight", kind, TIMESTEP_WEIGHTS)
+    weight_B = torch.tensor(bin_weights(kind), dtype=timestep_B.dtype, device=timestep_B.device)
+    place_B = (timestep_B * len(weight_B) - 0.5).clamp(0.0, len(weight_B) - 1.0)
+    left_B = place_B.long().clamp_max(len(weight_B) - 2)
+    return torch.lerp(weight_B[left_B], weight_B[left_B + 1], place_B - left_B)
 
 
 def sample_weight(
@@ -112,20 +119,31 @@ def sample_weight(
 def mean_factor(axis: str, kind: str) -> float:
     """Return E_t[f(t)] over t uniform in (0, 1), in closed form.
 
-    w is symmetric about ½ for every kind, so E[(1 − t)·w(t)] = ½·E[w(t)]; E[w] of the bell is a Gaussian integral.
+    `uniform` and `midrange` are symmetric about ½, so E[(1 − t)·w(t)] = ½·E[w(t)]; E[w] of the bell is a Gaussian integral.
 
     Raises:
         TidecacheError: an unknown axis or kind.
     """
-    if kind == "uniform":
-        mean = 1.0
-    elif kind == "midrange":
-        mean = MIDRANGE_WIDTH * math.sqrt(2.0 * math.pi) * math.erf(0.5 / (MIDRANGE_WIDTH * math.sqrt(2.0)))
-    else:
-        raise _unknown("timestep weight", kind, TIMESTEP_WEIGHTS)
     if axis not in AXES:
         raise _unknown("axis", axis, AXES)
+    if kind not in TIMESTEP_WEIGHTS:
+        return _mean_of_lines(bin_weights(kind), axis)
+    mean = 1.0
+    if kind == "midrange":
+        mean = MIDRANGE_WIDTH * math.sqrt(2.0 * math.pi) * math.erf(0.5 / (MIDRANGE_WIDTH * math.sqrt(2.0)))
     return mean if axis == "training" else 0.5 * mean
+
+
+def _mean_of_lines(weights: tuple[float, ...], axis: str) -> float:
+    """E_t[f(t)] of straight lines between the middles of bins: Simpson's rule, exact for f of degree 2 piece by piece."""
+    edges = [0.0, *((bin + 0.5) / len(weights) for bin in range(len(weights))), 1.0]
+    values = [weights[0], *weights, weights[-1]]
+    mean = 0.0
+    for a, b, at_a, at_b in zip(edges, edges[1:], values, values[1:], strict=False):
+        factors = (1.0, 1.0, 1.0) if axis == "training" else (1.0 - a, 1.0 - 0.5 * (a + b), 1.0 - b)
+        points = (at_a * factors[0], 4.0 * 0.5 * (at_a + at_b) * factors[1], at_b * factors[2])
+        mean += (b - a) / 6.0 * sum(points)
+    return mean
 
 
 def _axis_factor(timestep_B: Tensor, axis: str) -> Tensor:

@@ -89,7 +89,13 @@ def test_fresh_is_a_number_or_automatic() -> None:
         resolve({"fresh": "often"}, "test")
 
 
-SPECIAL: dict[str, Any] = {"fresh": 0.25, "draws_together": 2, "lora_targets": "q_proj,v_proj", "min_timestep": 0.25}
+SPECIAL: dict[str, Any] = {
+    "fresh": 0.25,
+    "timestep_weight": "1,0.5",
+    "draws_together": 2,
+    "lora_targets": "q_proj,v_proj",
+    "min_timestep": 0.25,
+}
 
 
 def another(field: dataclasses.Field[Any], now: Any) -> Any:
