@@ -13,7 +13,7 @@ import argparse
 import time
 from pathlib import Path
 
-from evidence_cells import SCALES, cells, grid
+from evidence_cells import SCALES, cells
 from evidence_page import write_page
 from evidence_results import Results
 from evidence_work import Workshop
@@ -39,18 +39,16 @@ def main() -> None:
     scale, console = SCALES[options.scale], Console()
     results = Results(options.results or ROOT / "bench" / "results" / f"evidence-{scale.name}.jsonl")
     work = Workshop(options.out or Path("runs") / f"evidence-{scale.name}", scale, console)
-    wanted = {c.label for question, c in grid() if not options.question or question in options.question}
-    todo = [c for c in cells(scale) if c.label in wanted and c.digest(scale) not in results.cells]
+    todo = [c for c in cells(scale, options.question or ()) if c.digest(scale) not in results.cells]
     begin = time.monotonic()
     if "base" not in results.cells:
         results.add("base", {"scale": scale.name, **work.measure(work.pair.base), "teacher": work.teacher_quality()})
-    validated = {c for question, c in grid() if question == "learning rate"}
     for number, cell in enumerate(todo, 1):
         if time.monotonic() - begin > 60 * options.minutes:
             console.print(f"{len(todo) - number + 1} cells are left: the same command goes on")
             break
         started = time.monotonic()
-        found = work.result(cell, validation=cell in validated)
+        found = work.result(cell)
         results.add(cell.digest(scale), {"scale": scale.name, "cell": cell.to_json(), **found})
         console.print(
             f"{number}/{len(todo)} {cell.label}, seed {cell.seed}: {found['bits_per_byte']:.4f} bits per byte, "

@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 VERSION = 1  # of what the scripts mean; another one does every cell anew
@@ -54,12 +55,14 @@ SCALES = {scale.name: scale for scale in (FULL, QUICK, TEST)}
 @dataclass(frozen=True)
 class CacheChoice:
     """Which cache a student is trained from. `teacher`: `tiny`, the embedded one, or a control (`evidence_teachers`);
-    `completed`: the embedded teacher's own completions as text. `tokenizers`: declared ones, the student's first.
+    `completed`: the embedded teacher's own completions as text. `tokenizers`: how many are declared, the student's first;
+    `declared` False: as many others, and not the student's.
     """
 
     teacher: str = "tiny"
     mask_law: str = "chunk"
     tokenizers: int = 1
+    declared: bool = True
     draws: int = 0  # 0: all that were captured
     k: int = 16
 
@@ -70,15 +73,16 @@ class CacheChoice:
 
 @dataclass(frozen=True)
 class Cell:
-    """One student: its cache, what its recipe changes, its seed."""
+    """One student: its cache, what its recipe changes, its seed, and what it is measured on: `test` or `validation`."""
 
     cache: CacheChoice = CacheChoice()
     recipe: tuple[tuple[str, Any], ...] = ()
     seed: int = 0
+    documents: str = "test"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"cache": dataclasses.asdict(self.cache), "recipe": dict(self.recipe), "seed": self.seed}
+        return dataclasses.asdict(self) | {"recipe": dict(self.recipe)}
 
     def digest(self, scale: Scale) -> str:
         """16 digits for this cell at this scale."""
@@ -113,85 +117,108 @@ def cell(objective: str, cache: CacheChoice | None = None, **recipe: Any) -> Cel
 
 
 CROSS_ENTROPY = cell("none")
-REVERSE_CALM = cell("reverse-calm")
-EVENTS = cell("kl", distill_weight=5.0)
-TIDAL: dict[str, Any] = {"tidal": "weight"}
+# The best on the validation documents of what was tried there (the question "settings"); all claims are about it.
+BEST: dict[str, Any] = {
+    "distill_weight": 20.0,
+    "tidal": "weight",
+    "tidal_axis": "timestep",
+    "timestep_weight": "measured",
+}
 CONTROLS = ("unigram", "ngram", "smoothing", "shuffled")
+EQUAL_SECONDS = 4 / 3  # a step of event KL against one of cross-entropy, as measured where neither waits
 
 
-def grid() -> Iterator[tuple[str, Cell]]:
+def events(cache: CacheChoice | None = None, **recipe: Any) -> Cell:
+    """Event KL as in `BEST`."""
+    return cell("kl", cache, **(BEST | recipe))
+
+
+def longer(scale: Scale) -> Cell:
+    """Cross-entropy for as many seconds as event KL takes; the rows beyond the stored draws have fresh masks."""
+    steps = round(scale.steps * EQUAL_SECONDS)
+    return cell("none", steps=steps, fresh=round(1 - scale.steps / steps, 4))
+
+
+def grid(scale: Scale) -> Iterator[tuple[str, Cell]]:
     """(question, cell) for seed 0, in the order of the page."""
-    change = dataclasses.replace
-    for rate in (1e-4, 2e-4, 5e-4, 1e-3):
-        yield "learning rate", cell("none", learning_rate=rate)
-        yield "learning rate", cell("kl", distill_weight=5.0, learning_rate=rate)
-
+    yield from settings()
     yield "offline and online", CROSS_ENTROPY
-    for draws in (1, 2, 4, 0):
+    yield "offline and online", cell("none", CacheChoice(draws=1))
+    for draws in (1, 2, 4):
         for fresh in (0.0, 0.5):
-            if draws == 0 and fresh:
-                continue
-            yield "offline and online", cell("none", CacheChoice(draws=draws), fresh=fresh)
-            yield "offline and online", cell("kl", CacheChoice(draws=draws), distill_weight=5.0, fresh=fresh)
-            yield "offline and online", cell("reverse-calm", CacheChoice(draws=draws), fresh=fresh)
+            yield "offline and online", events(CacheChoice(draws=draws), fresh=fresh)
+    yield "offline and online", events()
+
+    yield "controls", CROSS_ENTROPY
+    yield "controls", longer(scale)
+    yield "controls", dataclasses.replace(CROSS_ENTROPY, cache=CacheChoice(teacher="completed"))
+    for teacher in ("tiny", *CONTROLS):
+        yield "controls", events(CacheChoice(teacher=teacher))
 
     yield "objectives", CROSS_ENTROPY
-    for temperature in (1.0, 2.0, 5.0):
-        yield "objectives", cell("calm", temperature=temperature)
-        yield "objectives", cell("reverse-calm", temperature=temperature)
-    for weight in (1.0, 5.0, 20.0):
-        for objective in ("calm", "reverse-calm", "kl", "reverse-kl"):
-            yield "objectives", cell(objective, distill_weight=weight)
+    yield "objectives", cell("reverse-calm", tidal="weight")  # the default recipe
+    for objective in ("reverse-calm", "calm", "kl", "reverse-kl"):
+        yield "objectives", cell(objective)
+        yield "objectives", cell(objective, **BEST)
+    yield "objectives", cell("reverse-calm", temperature=5.0)
+    yield "objectives", cell("reverse-calm", CacheChoice(teacher="ngram"))
 
-    for k in (1, 4, 16, 64):
-        for objective in ("kl", "reverse-kl"):
-            yield "candidates", cell(objective, CacheChoice(k=k), distill_weight=5.0)
+    for objective in ("reverse-calm", "kl"):
+        weight = {"distill_weight": BEST["distill_weight"]}
+        yield "TIDAL", cell(objective, **weight)
+        for axis in ("both", "training", "timestep"):
+            yield "TIDAL", cell(objective, tidal="weight", tidal_axis=axis, **weight)
+        for axis in ("training", "timestep"):
+            yield "TIDAL", cell(objective, tidal="weight", tidal_axis=axis, timestep_weight="measured", **weight)
+        yield "TIDAL", cell(objective, tidal="interpolate", **weight)
 
     for context in ("plain", "compdemo"):
         for objective in ("calm", "reverse-calm", "kl", "reverse-kl"):
-            yield "contexts", cell(objective, context=context, distill_weight=5.0)
+            yield "contexts", cell(objective, context=context, **BEST)
 
-    for objective in ("reverse-calm", "calm", "kl"):
-        yield "TIDAL", cell(objective, distill_weight=5.0)
-        for axis in ("both", "training", "timestep"):
-            yield "TIDAL", cell(objective, distill_weight=5.0, tidal_axis=axis, **TIDAL)
-        yield "TIDAL", cell(objective, distill_weight=5.0, tidal="interpolate")
-
-    yield "controls", CROSS_ENTROPY
-    yield "controls", change(CROSS_ENTROPY, cache=CacheChoice(teacher="completed"))
-    for teacher in ("tiny", *CONTROLS):
-        yield "controls", cell("kl", CacheChoice(teacher=teacher), distill_weight=5.0)
-        yield "controls", cell("reverse-calm", CacheChoice(teacher=teacher))
+    for k in (1, 4, 16, 64):
+        yield "candidates", events(CacheChoice(k=k))
 
     for law in ("chunk", "token"):
         yield "mask laws", cell("none", CacheChoice(mask_law=law))
-        yield "mask laws", cell("kl", CacheChoice(mask_law=law), distill_weight=5.0)
+        yield "mask laws", events(CacheChoice(mask_law=law))
 
     for tokenizers in (1, 2, 3, 4):
-        yield "tokenizers", cell("kl", CacheChoice(tokenizers=tokenizers), distill_weight=5.0)
+        yield "tokenizers", events(CacheChoice(tokenizers=tokenizers))
+    yield "tokenizers", events(CacheChoice(declared=False), min_coverage=0.0)
+
+
+def settings() -> Iterator[tuple[str, Cell]]:
+    """What is chosen on the validation documents: the learning rate, event KL's weight and that of its timesteps."""
+    chosen = [make(learning_rate=rate) for rate in (1e-4, 2e-4, 5e-4) for make in (partial(cell, "none"), events)]
+    chosen += [events(distill_weight=weight) for weight in (5.0, 60.0)]
+    chosen += [events(timestep_weight="uniform"), events(tidal_axis="training")]
+    chosen += [cell("kl", distill_weight=weight) for weight in (5.0, 20.0)]
+    for found in chosen:
+        yield "settings", dataclasses.replace(found, documents="validation")
 
 
 def quick_grid() -> Iterator[tuple[str, Cell]]:
     """What `make evidence-quick` has time for: event KL from few draws, and the controls."""
-    short = {EVENTS, CROSS_ENTROPY, *(dataclasses.replace(EVENTS, cache=CacheChoice(teacher=t)) for t in CONTROLS)}
-    for question, found in grid():
-        offline = (
-            question == "offline and online" and dict(found.recipe)["objective"] == "kl" and found.cache.draws != 4
-        )
-        if offline or (question in ("offline and online", "controls") and found in short):
-            yield question, found
+    asked = [("offline and online", found) for found in (CROSS_ENTROPY, events())]
+    for draws in (1, 2):
+        asked += [("offline and online", events(CacheChoice(draws=draws), fresh=fresh)) for fresh in (0.0, 0.5)]
+    asked += [("controls", found) for found in (CROSS_ENTROPY, events())]
+    asked += [("controls", events(CacheChoice(teacher=teacher))) for teacher in CONTROLS]
+    yield from asked
 
 
 def seeds_of(question: str, scale: Scale) -> range:
-    """Tuning and side questions take fewer seeds than those with a claim."""
-    if question == "learning rate":
+    """Settings and side questions take fewer seeds than those with a claim."""
+    if question == "settings":
         return range(1)
     return range(scale.seeds if question in ("offline and online", "controls") else min(3, scale.seeds))
 
 
-def cells(scale: Scale) -> list[Cell]:
-    """All cells of a run, each once, seed by seed so that early results are already paired."""
+def cells(scale: Scale, questions: Collection[str] = ()) -> list[Cell]:
+    """All cells of a run, or of some questions, each once, seed by seed so that early results are paired already."""
     wanted: list[tuple[int, Cell]] = []
-    for question, first in quick_grid() if scale is QUICK else grid():
-        wanted += [(seed, dataclasses.replace(first, seed=seed)) for seed in seeds_of(question, scale)]
+    for question, first in quick_grid() if scale is QUICK else grid(scale):
+        if not questions or question in questions:
+            wanted += [(seed, dataclasses.replace(first, seed=seed)) for seed in seeds_of(question, scale)]
     return list(dict.fromkeys(found for _, found in sorted(wanted, key=lambda pair: pair[0])))

@@ -125,7 +125,7 @@ def main() -> None:
         if one.digest(scale.cells) in results.cells:
             continue
         started = time.monotonic()
-        found = work.result(one, validation=False)
+        found = work.result(one)
         results.add(one.digest(scale.cells), {"cell": one.to_json(), **found})
         console.print(
             f"{number}/{len(todo)} {one.label}, seed {one.seed}: {found['bits_per_byte']:.4f} bits per byte, "

@@ -113,7 +113,8 @@ class Workshop:
     def captured(self, choice: CacheChoice) -> Captured:
         """Capture what `choice` is sliced from, or find it done."""
         choice = choice.captured()
-        name = f"{choice.teacher}-{choice.mask_law}-{choice.tokenizers}"
+        declared = "" if choice.declared else "-undeclared"
+        name = f"{choice.teacher}-{choice.mask_law}-{choice.tokenizers}{declared}"
         return self._capture(name, self._corpus_of(choice), choice, self.scale.draws)
 
     def measured_on(self, name: str) -> Cache:
@@ -135,7 +136,7 @@ class Workshop:
             held_out="none",
             k=choice.k,
             mask_law=choice.mask_law,
-            students=self._students(choice.tokenizers),
+            students=self._students(choice),
         )
         draft = Draft.of(options)
         teacher, spec = draft.load()
@@ -184,9 +185,10 @@ class Workshop:
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path
 
-    def _students(self, count: int) -> list[str]:
-        """The student's tokenizer, and `count` − 1 others trained on the same text."""
-        return [self.pair.tokenizer, *(str(self._tokenizer(size)) for size in VOCABULARIES[: count - 1])]
+    def _students(self, choice: CacheChoice) -> list[str]:
+        """The student's tokenizer, if it is declared, and as many others trained on the same text as make up the count."""
+        own = [self.pair.tokenizer] if choice.declared else []
+        return [*own, *(str(self._tokenizer(size)) for size in VOCABULARIES[: choice.tokenizers - len(own)])]
 
     def _tokenizer(self, size: int) -> Path:
         folder = self.folder / f"tokenizer-{size}"
@@ -197,7 +199,7 @@ class Workshop:
 
     # --- students ------------------------------------------------------------------------------------------------
 
-    def result(self, cell: Cell, validation: bool) -> dict[str, Any]:
+    def result(self, cell: Cell) -> dict[str, Any]:
         """Train a cell's student and measure it."""
         cache = self.cache_of(cell.cache)
         out = self.folder / "student"
@@ -215,15 +217,15 @@ class Workshop:
         }
         config = load_recipe("reverse-calm-tidal", overrides, base_defaults(base))
         summary = train(config, str(cache), base, out, console=Console(quiet=True))
-        return {"train_seconds": summary["seconds"], **self.measure(out, validation)}
+        return {"train_seconds": summary["seconds"], **self.measure(out, cell.documents)}
 
-    def measure(self, model: Path | str, validation: bool = False) -> dict[str, Any]:
-        """Likelihood, accuracy and calibration on held-out draws, and generation."""
+    def measure(self, model: Path | str, documents: str = "test") -> dict[str, Any]:
+        """Likelihood, accuracy and calibration on held-out draws; generation too, on `test`."""
         checkpoint = open_checkpoint(model, device=self.pair.device)
-        cache = self.measured_on("validation" if validation else "test")
+        cache = self.measured_on(documents)
         found = evaluate(checkpoint.student, cache, checkpoint.block_size, device=self.pair.device)
         measured = {"quality": found.to_json(), "bits_per_byte": bound(found)}
-        if validation:
+        if documents == "validation":
             return measured
         return measured | {
             "infilling": infilling(checkpoint, cache, self.scale.infill_documents),
