@@ -163,14 +163,16 @@ def grid(scale: Scale) -> Iterator[tuple[str, Cell]]:
     yield "objectives", cell("reverse-calm", temperature=5.0)
     yield "objectives", cell("reverse-calm", CacheChoice(teacher="ngram"))
 
-    for objective in ("reverse-calm", "kl"):
-        weight = {"distill_weight": BEST["distill_weight"]}
-        yield "TIDAL", cell(objective, **weight)
+    # At matched mean weight: λ is ½ on average over training, and λ_max = 0.9 on the timestep's axis.
+    for objective, mean in (("reverse-calm", 1.0), ("kl", 0.9 * BEST["distill_weight"])):
+        yield "TIDAL", cell(objective, distill_weight=mean)
         for axis in ("both", "training", "timestep"):
-            yield "TIDAL", cell(objective, tidal="weight", tidal_axis=axis, **weight)
-        for axis in ("training", "timestep"):
-            yield "TIDAL", cell(objective, tidal="weight", tidal_axis=axis, timestep_weight="measured", **weight)
-        yield "TIDAL", cell(objective, tidal="interpolate", **weight)
+            weight = round(mean / (0.9 if axis == "timestep" else 0.5), 4)
+            yield "TIDAL", cell(objective, tidal="weight", tidal_axis=axis, distill_weight=weight)
+            if axis != "both":
+                measured = {"tidal": "weight", "tidal_axis": axis, "timestep_weight": "measured"}
+                yield "TIDAL", cell(objective, distill_weight=weight, **measured)
+        yield "TIDAL", cell(objective, tidal="interpolate", distill_weight=mean)
 
     for context in ("plain", "compdemo"):
         for objective in ("calm", "reverse-calm", "kl", "reverse-kl"):
@@ -192,8 +194,7 @@ def settings() -> Iterator[tuple[str, Cell]]:
     """What is chosen on the validation documents: the learning rate, event KL's weight and that of its timesteps."""
     chosen = [make(learning_rate=rate) for rate in (1e-4, 2e-4, 5e-4) for make in (partial(cell, "none"), events)]
     chosen += [events(distill_weight=weight) for weight in (5.0, 60.0)]
-    chosen += [events(timestep_weight="uniform"), events(tidal_axis="training")]
-    chosen += [cell("kl", distill_weight=weight) for weight in (5.0, 20.0)]
+    chosen += [events(timestep_weight="uniform"), cell("kl", distill_weight=5.0), cell("kl", distill_weight=18.0)]
     for found in chosen:
         yield "settings", dataclasses.replace(found, documents="validation")
 

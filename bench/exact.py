@@ -29,7 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from shared.cache.statistics import TIMESTEP_BINS, ContextStatistics
 from stage2_student import objectives, tidal
+from stage2_student.reliability import reliability
 
 BINS = 5  # of timesteps, in reports
 QUICK = Run(seeds=4, documents=64, held_out=64, epochs=8)
@@ -79,14 +81,28 @@ def train(cell: Cell, run: Run, setting: Setting, corpora: list[Corpus]) -> Stud
         optimiser, lambda s: min(1.0, (s + 1) / (0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * s / steps))
     )
     cached = round(run.batch * (1 - cell.fresh))
+    by_timestep = (cell.axis, "uniform")
+    if cell.axis == "measured":
+        by_timestep = ("training", measured_weights(corpora, cell.context))
     for step in range(steps):
         rows = [batch_rows(seed, run, step, cached, cell.draws) for seed in range(run.seeds)]
-        loss = step_loss(cell, setting, students, corpora, rows, step / steps)
+        loss = step_loss(cell, setting, students, corpora, rows, step / steps, by_timestep)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
         schedule.step()
     return students
+
+
+def measured_weights(corpora: list[Corpus], context: str) -> str:
+    """TIDAL's timestep weights from the exact teacher's likelihoods of all seeds; it is calibrated by construction."""
+    total = ContextStatistics.zero(1)
+    for corpus in corpora:
+        gold_KDC = corpus.scores[context].gold_KDC * corpus.masked_KDC
+        bin_KD = (corpus.timestep_KD * TIMESTEP_BINS).long().clamp_max(TIMESTEP_BINS - 1).flatten()
+        total.gold_logp_B[:] += torch.bincount(bin_KD, gold_KDC.sum(2).flatten().double(), TIMESTEP_BINS).numpy()
+        total.tokens_B[:] += torch.bincount(bin_KD, corpus.masked_KDC.sum(2).flatten(), TIMESTEP_BINS).numpy()
+    return ",".join(f"{weight:.4g}" for weight in reliability(total))
 
 
 def batch_rows(seed: int, run: Run, step: int, cached: int, draws: int) -> list[tuple[bool, int, int]]:
@@ -113,8 +129,12 @@ def step_loss(
     corpora: list[Corpus],
     rows: list[list[tuple[bool, int, int]]],
     progress: float,
+    by_timestep: tuple[str, str],
 ) -> Tensor:
-    """Σ over seeds of cross-entropy + weight · distillation, each a mean over the seed's own items."""
+    """Σ over seeds of cross-entropy + weight · distillation, each a mean over the seed's own items.
+
+    `by_timestep`: TIDAL's axis and timestep weight.
+    """
     token, masked, timestep, chosen = [], [], [], []
     for corpus, batch in zip(corpora, rows, strict=True):
         token.append(torch.stack([corpus.token_DL[d] for _, _, d in batch]))
@@ -164,7 +184,7 @@ def step_loss(
         logit_XnU = logit_GBLU.unflatten(2, (-1, tokens))[seed_X, row_X, chunk_X]
         loss_X = _event_loss(cell, logit_XnU, gold_Xn, gold_X, candidate_XEn, candidate_XE, log_z_X, strength_X)
     if cell.tidal == "weight":
-        loss_X = loss_X * tidal.sample_weight(progress, timestep_X, cell.axis, "uniform")
+        loss_X = loss_X * tidal.sample_weight(progress, timestep_X, *by_timestep)
     count_G = torch.bincount(seed_X, minlength=len(rows)).clamp_min(1)
     return loss + cell.weight * (loss_X / count_G[seed_X]).sum()
 
@@ -249,7 +269,7 @@ def show(console: Console, run: Run, results: dict[str, dict]) -> None:
                 title=f"{question} — {setting} tokenizer{'s' if setting == 'cross' else ''}", title_justify="left"
             )
             for name in ("cell", "KL to the posterior", "− cross-entropy's", "top-1 %", "KL by timestep"):
-                table.add_column(name, justify="left" if name == "cell" else "right")
+                table.add_column(name, justify="left" if name == "cell" else "right", overflow="fold")
             for cell in cells:
                 if (found := results.get(cell.digest(run))) is None:
                     continue

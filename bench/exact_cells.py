@@ -53,7 +53,9 @@ class Cell:
     fresh: float = 0.0
     context: str = "plain"
     tidal: str = "none"  # none, weight, interpolate
-    axis: str = "both"
+    axis: str = (
+        "both"  # or training, timestep, or measured: by training progress and the teacher's measured reliability
+    )
     weight: float = 1.0  # of distillation beside cross-entropy
     learning_rate: float = 1e-2
 
@@ -116,8 +118,9 @@ def grid(setting: str) -> Iterator[tuple[str, Cell]]:
         for objective in ("calm", "reverse-calm", "kl", "reverse-kl"):
             yield "contexts by direction", change(base, objective=objective, context=context)
 
+    # At matched mean weight: λ is ½ on average over training, and λ_max = 0.9 on the timestep's axis.
     for objective in ("reverse-calm", "calm", "kl"):
         yield "TIDAL", change(base, objective=objective)
-        for axis in ("both", "training", "timestep"):
-            yield "TIDAL", change(base, objective=objective, tidal="weight", axis=axis)
+        for axis, mean in (("both", 0.5), ("training", 0.5), ("timestep", 0.9), ("measured", 0.5)):
+            yield "TIDAL", change(base, objective=objective, tidal="weight", axis=axis, weight=round(1 / mean, 4))
         yield "TIDAL", change(base, objective=objective, tidal="interpolate")
