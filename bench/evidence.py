@@ -14,9 +14,13 @@ import time
 from pathlib import Path
 
 from evidence_cells import SCALES, cells
+from evidence_costs import costs_of
+from evidence_found import Found
 from evidence_page import write_page
 from evidence_results import Results
 from evidence_work import Workshop
+from exact_corpus import Run
+from exact_page import Exact
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +34,7 @@ def main() -> None:
         "--out", type=Path, help="corpora, caches and the student in work; default: runs/evidence-SCALE"
     )
     parser.add_argument("--results", type=Path, help="JSON lines; default: bench/results/evidence-SCALE.jsonl")
-    parser.add_argument("--question", action="append", help="only the cells of these questions")
+    parser.add_argument("--question", action="append", help="only the students of these questions; costs is one")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so many")
     parser.add_argument(
         "--page", type=Path, help="default: docs/evidence.md for the full scale, else beside the results"
@@ -45,7 +49,7 @@ def main() -> None:
         results.add("base", {"scale": scale.name, **work.measure(work.pair.base), "teacher": work.teacher_quality()})
     for number, cell in enumerate(todo, 1):
         if time.monotonic() - begin > 60 * options.minutes:
-            console.print(f"{len(todo) - number + 1} cells are left: the same command goes on")
+            console.print(f"{len(todo) - number + 1} students are left: the same command goes on")
             break
         started = time.monotonic()
         found = work.result(cell)
@@ -55,10 +59,12 @@ def main() -> None:
             f"{found['quality']['all']['accuracy']:.1%}, {time.monotonic() - started:.0f} s",
             highlight=False,
         )
-    for name, took in work.costs().items():
-        results.add(f"cache:{name}", {"scale": scale.name, **took})
+    else:
+        if "costs" not in results.cells and (not options.question or "costs" in options.question):
+            results.add("costs", {"scale": scale.name, **costs_of(work.folder, scale.name)})
+    exact = Exact(Results(ROOT / "bench" / "results" / "exact.jsonl"), Run())
     page = options.page or (ROOT / "docs" / "evidence.md" if scale.name == "full" else results.path.with_suffix(".md"))
-    write_page(page, scale, results)
+    write_page(page, Found(scale, results), exact)
     console.print(f"{page} and its plots are written")
 
 

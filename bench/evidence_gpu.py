@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 from evidence_cells import CROSS_ENTROPY, CacheChoice, Cell, Scale, cell
-from evidence_page import Found, bits, infilled, markdown
+from evidence_found import Found, bits, infilled, markdown
 from evidence_results import Results, spread
 from evidence_work import Pair, Workshop, capture
 from rich.console import Console
@@ -132,7 +131,8 @@ def main() -> None:
             f"{time.monotonic() - started:.0f} s",
             highlight=False,
         )
-    print(json.dumps(work.costs()))
+    took = work.captured(CacheChoice())
+    print(f"capture of {scale.cells.draws} draws: {took.seconds:.0f} s, {took.bytes:,} bytes")
     print(table(Found(scale.cells, results), grid(scale.cells)))
 
 

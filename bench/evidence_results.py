@@ -27,14 +27,24 @@ class Results:
                 continue
 
     def add(self, digest: str, record: dict[str, Any]) -> None:
-        """Keep a record under its digest."""
-        if self.cells.get(digest) == {"digest": digest, **record}:
+        """Keep a record under its digest, its numbers to 6 digits."""
+        line = {"digest": digest, **rounded(record)}
+        if self.cells.get(digest) == line:
             return
-        self.cells[digest] = {"digest": digest, **record}
+        self.cells[digest] = line
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"\n", b"")
         with self.path.open("a", encoding="utf-8") as file:
             file.write(("" if whole else "\n") + json.dumps(self.cells[digest]) + "\n")
+
+
+def rounded(value: Any) -> Any:
+    """JSON values with every fraction to 6 significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def twice_error(values: Sequence[float]) -> float:

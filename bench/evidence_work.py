@@ -115,14 +115,15 @@ class Workshop:
         choice = choice.captured()
         declared = "" if choice.declared else "-undeclared"
         name = f"{choice.teacher}-{choice.mask_law}-{choice.tokenizers}{declared}"
-        return self._capture(name, self._corpus_of(choice), choice, self.scale.draws)
+        return self.capture(name, self._corpus_of(choice), choice, self.scale.draws)
 
     def measured_on(self, name: str) -> Cache:
         """The held-out cache `test` or `validation`: two draws per document, by the embedded teacher."""
-        found = self._capture(f"held-out-{name}", self.corpora[name], CacheChoice(k=1), 2)
+        found = self.capture(f"held-out-{name}", self.corpora[name], CacheChoice(k=1), 2)
         return open_cache(found.folder)
 
-    def _capture(self, name: str, corpus: Path, choice: CacheChoice, draws: int) -> Captured:
+    def capture(self, name: str, corpus: Path, choice: CacheChoice, draws: int, context: str | None = None) -> Captured:
+        """Capture a corpus as `choice` says (its draws apart), or find it done; `context`: another than the scale's."""
         folder, note = self.folder / "caches" / name, self.folder / "caches" / f"{name}.json"
         if note.exists():
             return Captured(folder, **json.loads(note.read_text(encoding="utf-8")))
@@ -132,7 +133,7 @@ class Workshop:
             block_size=self.pair.block_size,
             corpus=str(corpus),
             draws=draws,
-            context=self.scale.contexts,
+            context=context or self.scale.contexts,
             held_out="none",
             k=choice.k,
             mask_law=choice.mask_law,
@@ -152,14 +153,6 @@ class Workshop:
         note.write_text(json.dumps(took), encoding="utf-8")
         self.console.print(f"captured {name}: {report.seconds:.0f} s, {took['bytes']:,} bytes", highlight=False)
         return Captured(folder, **took)
-
-    def costs(self) -> dict[str, dict[str, Any]]:
-        """What each capture took, and the bytes of each slice."""
-        notes = sorted((self.folder / "caches").glob("*.json"))
-        took = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in notes}
-        for folder in sorted((self.folder / "caches").glob("*-draws*")):
-            took[folder.name] = {"bytes": open_cache(folder).manifest.totals.size_bytes}
-        return took
 
     def cache_of(self, choice: CacheChoice) -> Path:
         """The cache that a cell is trained from: captured, then cut to its draws and candidates."""
@@ -201,8 +194,17 @@ class Workshop:
 
     def result(self, cell: Cell) -> dict[str, Any]:
         """Train a cell's student and measure it."""
-        cache = self.cache_of(cell.cache)
-        out = self.folder / "student"
+        took = self.train(cell)
+        return {"train_seconds": took, **self.measure(self.student, cell.documents)}
+
+    @property
+    def student(self) -> Path:
+        """Where the student in work lies."""
+        return self.folder / "student"
+
+    def train(self, cell: Cell) -> float:
+        """Train a cell's student; seconds."""
+        cache, out = self.cache_of(cell.cache), self.student
         shutil.rmtree(out, ignore_errors=True)
         base = embedded_or(self.pair.base)
         overrides = {
@@ -216,8 +218,7 @@ class Workshop:
             **dict(cell.recipe),
         }
         config = load_recipe("reverse-calm-tidal", overrides, base_defaults(base))
-        summary = train(config, str(cache), base, out, console=Console(quiet=True))
-        return {"train_seconds": summary["seconds"], **self.measure(out, cell.documents)}
+        return float(train(config, str(cache), base, out, console=Console(quiet=True))["seconds"])
 
     def measure(self, model: Path | str, documents: str = "test") -> dict[str, Any]:
         """Likelihood, accuracy and calibration on held-out draws; generation too, on `test`."""

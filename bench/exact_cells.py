@@ -13,6 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from evidence_cells import NAMES as OBJECTIVES
+
+NAMES = OBJECTIVES | {"bernoulli-reverse-kl": "Reverse CALM with entropy"}
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -79,7 +83,7 @@ class Cell:
             for f in dataclasses.fields(self)
             if f.name not in ("setting", "objective") and getattr(self, f.name) != getattr(default, f.name)
         ]
-        return " ".join([self.objective, *fields])
+        return " ".join([NAMES[self.objective], *fields])
 
 
 def grid(setting: str) -> Iterator[tuple[str, Cell]]:

@@ -15,9 +15,12 @@ import torch
 BENCH = Path(__file__).parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
+import evidence_claims  # noqa: E402
+import evidence_costs  # noqa: E402
 import evidence_page  # noqa: E402
 import evidence_teachers  # noqa: E402
-from evidence_cells import CROSS_ENTROPY, EVENTS, FULL, TEST, CacheChoice, Cell, cells, grid, quick_grid  # noqa: E402
+from evidence_cells import CROSS_ENTROPY, FULL, TEST, CacheChoice, Cell, cells, events, grid, quick_grid  # noqa: E402
+from evidence_found import Found  # noqa: E402
 from evidence_generation import function_body, next_line, parses  # noqa: E402
 from evidence_results import Results  # noqa: E402
 from ngram import BidirectionalNgram  # noqa: E402
@@ -31,7 +34,7 @@ def test_every_cell_has_a_digest_of_its_own() -> None:
     # More seeds keep what is there; another size does not.
     more = dataclasses.replace(FULL, seeds=9)
     assert found[0].digest(more) == found[0].digest(FULL) != found[0].digest(TEST)
-    known = {cell for _, cell in grid()}
+    known = {cell for _, cell in grid(FULL)}
     assert {cell for _, cell in quick_grid()} < known
 
 
@@ -76,22 +79,59 @@ def record(bits: float) -> dict[str, Any]:
     return {"bits_per_byte": bits, "quality": quality, "train_seconds": 1.0, **generation}
 
 
-@pytest.mark.parametrize(("offset", "verdict"), [(0.0, "equivalent"), (0.05, "worse"), (-0.05, "better")])
-def test_equivalence_follows_its_rule(tmp_path: Path, offset: float, verdict: str) -> None:
+@pytest.mark.parametrize(
+    ("offset", "noise", "verdict"),
+    [
+        (0.0, 0.0001, "equivalent"),
+        (0.05, 0.0001, "worse"),
+        (-0.05, 0.0001, "better"),
+        (-0.0095, 0.003, "no worse"),
+        (0.0095, 0.003, "undecided"),
+    ],
+)
+def test_equivalence_follows_its_rule(tmp_path: Path, offset: float, noise: float, verdict: str) -> None:
+    """The gain is 0.1, so the margin is 0.01; half of the seeds differ by `noise`."""
     scale = dataclasses.replace(TEST, seeds=4)
     results = Results(tmp_path / "results.jsonl")
 
-    def put(cell: Cell, bits: float) -> None:
+    def put(cell: Cell, bits: float, noise: float = 0.0) -> None:
         for seed in range(scale.seeds):
-            results.add(dataclasses.replace(cell, seed=seed).digest(scale), record(bits + 0.0001 * seed * (seed % 2)))
+            results.add(dataclasses.replace(cell, seed=seed).digest(scale), record(bits + noise * (seed % 2 - 0.5)))
 
     put(CROSS_ENTROPY, 2.0)
-    put(EVENTS, 1.9)
-    put(evidence_page.events(1), 1.9 + offset)
-    text = evidence_page.equivalence(evidence_page.Found(scale, Results(results.path)))
-    assert text.rsplit("|", 2)[1].strip() == verdict
-    put(dataclasses.replace(EVENTS, cache=CacheChoice(teacher="ngram")), 1.95)
-    assert "better" in evidence_page.gains(evidence_page.Found(scale, Results(results.path)))
+    put(events(), 1.9)
+    put(evidence_claims.offline(1, 0.0), 1.9 + offset, noise)
+    found = Found(scale, Results(results.path))
+    row = next(line for line in evidence_claims.equivalence(found).splitlines() if line.startswith("| 1 | 0 |"))
+    assert row.split("|")[4].strip() == verdict
+    put(events(CacheChoice(teacher="ngram")), 1.95)
+    row = next(line for line in evidence_claims.gains(found).splitlines() if "ngram" in line)
+    assert row.split("|")[3].strip() != "better"  # `found` was read before
+    row = next(
+        line for line in evidence_claims.gains(Found(scale, Results(results.path))).splitlines() if "ngram" in line
+    )
+    assert row.split("|")[3].strip() == "better"
+
+
+def test_no_verdict_on_few_seeds() -> None:
+    assert evidence_claims.equivalent([0.0, 0.0], 0.1, -1) == "too few seeds"
+    assert evidence_claims.won([-1.0, -1.0], -1) == "too few seeds"
+    assert evidence_claims.won([-1.0, -1.1, -0.9], -1) == "better"
+    assert evidence_claims.won([1.0, 1.1, 0.9], -1) == "worse"
+    assert evidence_claims.won([-1.0, 1.1, 0.2], -1) == "within the spread"
+
+
+@pytest.mark.skipif(not evidence_page.FULL_RESULTS.exists(), reason="no results are kept")
+def test_the_page_is_what_the_kept_results_say(tmp_path: Path) -> None:
+    """Nothing on the page, its plots or README's table is typed by hand."""
+    evidence_page.write_kept(tmp_path / "evidence.md")
+    root = Path(__file__).parents[2]
+    assert (tmp_path / "evidence.md").read_text() == (root / "docs" / "evidence.md").read_text()
+    plots = sorted((root / "docs" / "evidence").glob("*.svg"))
+    assert [path.name for path in plots] == sorted(path.name for path in (tmp_path / "evidence").glob("*.svg"))
+    for path in plots:
+        assert path.read_text() == (tmp_path / "evidence" / path.name).read_text()
+    assert evidence_page.readme_table() in (root / "README.md").read_text()
 
 
 def test_functions_are_cut_where_they_end() -> None:
@@ -113,12 +153,23 @@ def test_a_run_goes_through_goes_on_and_writes_its_page(tmp_path: Path) -> None:
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr[-2000:]
     page = (tmp_path / "evidence.md").read_text()
-    assert "| kl distill_weight=5 tokenizers=4 | 1 |" in page
+    assert "| event KL, tuned tokenizers=4 | 1 |" in page
+    assert "| event KL, tuned min_coverage=0 declared=False | 1 |" in page
     lines = results.read_text().splitlines()
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-2000:]
     assert results.read_text().splitlines() == lines
     assert (tmp_path / "evidence.md").read_text() == page
+
+
+@pytest.mark.slow
+def test_costs_are_measured_in_processes_of_their_own(tmp_path: Path) -> None:
+    found = evidence_costs.costs_of(tmp_path, "test")
+    assert list(found["captures"]) == ["1", "2"]
+    assert found["captures"]["2"]["bytes"] > found["captures"]["1"]["bytes"] > 0
+    assert found["trains"]["online"]["seconds"] > found["trains"]["online"]["teacher_seconds"] > 0
+    assert all(part["peak_mb"] > 100 for part in (*found["captures"].values(), *found["trains"].values()))
+    assert "| 2 |" in evidence_claims.costs(found)
 
 
 @pytest.mark.slow

@@ -1,0 +1,80 @@
+"""What a cache costs beside the teacher in the loop, for `bench/evidence.py`: seconds, bytes and peak memory.
+
+Every figure comes from a process of its own (this file as a script), so that its peak memory is its own. *Online* loads
+the teacher, trains as from a cache, and then scores the masks that the training used: the work of a teacher in the loop,
+without what a loop would add.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from evidence_cells import CROSS_ENTROPY, SCALES, CacheChoice, Cell, events
+from evidence_work import Pair, Workshop
+from rich.console import Console
+
+from stage1_teacher.draft import Draft
+from stage1_teacher.options import CaptureOptions
+
+CAPTURED = (1, 2)
+K = 16
+
+
+def costs_of(folder: Path, scale: str) -> dict[str, Any]:
+    """Run each measurement; `captures` by draws, `trains` by kind, with their seconds, peak megabytes and bytes."""
+
+    def child(*what: str) -> dict[str, Any]:
+        command = [sys.executable, __file__, "--out", str(folder), "--scale", scale, *what]
+        found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        result: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+        return result
+
+    draws = [*CAPTURED, SCALES[scale].draws]
+    return {
+        "captures": {str(count): child("capture", str(count)) for count in draws},
+        "trains": {kind: child("train", kind) for kind in ("cross-entropy", "cache", "online")},
+    }
+
+
+def captured(work: Workshop, draws: int) -> dict[str, Any]:
+    """Capture the training texts in the recipe's context alone."""
+    took = work.capture(f"costs-{draws}", work.corpora["train"], CacheChoice(k=K), draws, "compdemo")
+    return {"seconds": took.seconds, "bytes": took.bytes, "teacher_seconds": took.teacher_seconds}
+
+
+def trained(work: Workshop, kind: str) -> dict[str, Any]:
+    """Train one student; `online` with the teacher in memory, and its time added."""
+    cell: Cell = CROSS_ENTROPY if kind == "cross-entropy" else events()
+    work.cache_of(cell.cache)
+    if kind != "online":
+        return {"seconds": work.train(cell)}
+    teacher, _ = Draft.of(CaptureOptions(teacher=Pair().teacher, corpus=str(work.corpora["train"]), limit=1)).load()
+    alone = work.train(cell)
+    teacher_seconds = captured(work, work.scale.draws)["teacher_seconds"]
+    return {"seconds": alone + teacher_seconds, "teacher_seconds": teacher_seconds, "teacher": teacher.name}
+
+
+def main() -> None:
+    """One measurement, as one line of JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scale", choices=list(SCALES), required=True)
+    parser.add_argument("what", choices=["capture", "train"])
+    parser.add_argument("which")
+    options = parser.parse_args()
+    begin = time.monotonic()
+    work = Workshop(options.out, SCALES[options.scale], Console(stderr=True))
+    found = captured(work, int(options.which)) if options.what == "capture" else trained(work, options.which)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({**found, "peak_mb": peak, "process_seconds": time.monotonic() - begin}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The plots of `docs/evidence.md`, from the results of `bench/evidence.py` and `bench/exact.py`; nothing is read elsewhere."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+from evidence_cells import BEST, CROSS_ENTROPY, CacheChoice, cell, events, in_context
+from evidence_found import Found, Metric, accuracy, bits, bits_in, infilled
+from evidence_results import twice_error
+from exact_cells import Cell as ExactCell
+from exact_page import Exact
+
+from shared.cache.plots import Curve, Plot, svg
+
+OFFLINE = "offline and online"
+BINS = (0.1, 0.3, 0.5, 0.7, 0.9)  # middles of the ranges of timesteps that evaluations report
+
+
+def standalone(plot: Plot) -> str:
+    """The plot as a file of its own, on white."""
+    return svg(plot).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff" ', 1) + "\n"
+
+
+def curve(name: str, points: list[tuple[float, list[float]]], colour: int, dashed: bool = False) -> Curve:
+    """A line through means, shaded by twice the standard error; `points`: (x, one value per seed)."""
+    found = [(x, statistics.mean(values), twice_error(values)) for x, values in points if values]
+    return Curve(
+        name,
+        [x for x, _, _ in found],
+        [y for _, y, _ in found],
+        dashed,
+        colour,
+        low=[y - e for _, y, e in found],
+        high=[y + e for _, y, e in found],
+    )
+
+
+def shown(plot: Plot) -> Plot | None:
+    """The plot without empty curves; None if nothing is left."""
+    kept = [one for one in plot.curves if len(one.x)]
+    return Plot(plot.title, plot.x_label, plot.y_label, kept, plot.note, plot.include) if kept else None
+
+
+def draws_plot(found: Found, metric: Metric, name: str) -> Plot | None:
+    """Gain over cross-entropy against stored draws."""
+    curves = []
+    for fresh in (0.0, 0.5):
+        points = []
+        for draws in (1, 2, 4, 0):
+            made = events(CacheChoice(draws=draws), fresh=fresh if draws else 0.0)
+            points.append((float(draws or found.scale.draws), found.paired(made, CROSS_ENTROPY, metric, OFFLINE)))
+        title = "event KL, half fresh rows" if fresh else "event KL"
+        curves.append(curve(title, points, colour=1 if fresh else 2, dashed=fresh > 0))
+    alone = [
+        (float(draws or found.scale.draws), found.paired(made, CROSS_ENTROPY, metric, OFFLINE))
+        for draws, made in ((1, cell("none", CacheChoice(draws=1))), (0, CROSS_ENTROPY))
+    ]
+    curves.append(curve("cross-entropy", alone, colour=0))
+    title = f"{name} minus cross-entropy's with fresh masks, against stored draws (8: the teacher in the loop)"
+    return shown(Plot(title, "draws", name, curves))
+
+
+def timestep_plot(found: Found) -> Plot | None:
+    """Difference to cross-entropy by timestep, for both contexts."""
+    curves = []
+    for colour, (name, objective) in enumerate((("event KL", "kl"), ("Reverse CALM", "reverse-calm")), 1):
+        for context in ("compdemo", "plain"):
+            made = in_context(objective, context)
+            points = [(t, found.paired(made, CROSS_ENTROPY, bits_in(b), "contexts")) for b, t in enumerate(BINS)]
+            curves.append(curve(f"{name}, {context}", points, colour, dashed=context == "plain"))
+    return shown(Plot("Bits per byte minus cross-entropy's, by timestep", "t", "bits per byte", curves, include=(0.0,)))
+
+
+def generation_plot(found: Found) -> Plot | None:
+    """Infilled spans against tokens per forward."""
+    curves = []
+    firsts = (
+        ("cross-entropy", CROSS_ENTROPY, "controls"),
+        ("event KL", events(), "controls"),
+        ("reverse event KL", cell("reverse-kl", **BEST), "objectives"),
+        ("Reverse CALM", cell("reverse-calm"), "objectives"),
+    )
+    for colour, (name, first, question) in enumerate(firsts):
+        records = found.records(first, question)
+        if not records:
+            continue
+        steps = range(len(records[0]["infilling"]))
+        x = [records[0]["infilling"][s]["tokens_per_forward"] for s in steps]
+        curves.append(curve(name, [(x[s], [infilled(s)(r) for r in records]) for s in steps], colour))
+    return shown(Plot("Spans filled exactly against tokens per forward", "tokens per forward", "%", curves))
+
+
+def exact_draws_plot(exact: Exact, setting: str) -> Plot | None:
+    """KL to the exact posterior against stored draws."""
+    curves = []
+    for colour, objective in enumerate(("kl", "none"), 1):
+        for fresh in (0.0, 0.5):
+            points = [
+                (float(draws), exact.kl(ExactCell(setting, objective, draws=draws, fresh=fresh)))
+                for draws in (1, 2, 4, 8, 16)
+                if draws > 1 or fresh or objective == "kl"  # cross-entropy from one draw is off the scale
+            ]
+            name = {"kl": "event KL", "none": "cross-entropy"}[objective]
+            curves.append(curve(f"{name}, half fresh" if fresh else name, points, colour, dashed=fresh > 0))
+    return shown(Plot(f"KL to the exact posterior against stored draws, {setting}", "draws", "nats per token", curves))
+
+
+def plots_of(found: Found, exact: Exact) -> dict[str, Plot]:
+    """All that have something to show, by file name."""
+    made: dict[str, Callable[[], Plot | None]] = {
+        "exact-draws": lambda: exact_draws_plot(exact, "same"),
+        "draws": lambda: draws_plot(found, bits, "bits per byte"),
+        "draws-accuracy": lambda: draws_plot(found, accuracy, "top-1, points"),
+        "timesteps": lambda: timestep_plot(found),
+        "generation": lambda: generation_plot(found),
+    }
+    return {name: plot for name, make in made.items() if (plot := make()) is not None}
