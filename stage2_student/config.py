@@ -43,6 +43,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "scheduler": ("cosine", "linear", "constant_with_warmup"),
     "precision": ("float32", "bf16"),
     "block_start": BLOCK_STARTS,
+    "reuse": ("same", "halves"),
 }
 
 LOWEST: Mapping[str, int] = {
@@ -70,12 +71,13 @@ class TrainConfig:
     `timestep_weight`: `uniform`, `midrange`, `measured` (from how good the teacher is by timestep, which the cache says:
     `reliability`), or numbers by timestep bin with commas between, as `measured` is decided.
     `draws_together` rows, one after the other, are draws of one document, so that they can share its clean half.
-    `fresh` is a share of the rows, or `auto`. `block_start`: blocks count from the sequence's first token, as the paper
-    trains, or from the response's, as it samples. `min_coverage`: least share of masked chunks that must carry a
-    teacher's score. `lora_rank` 0 trains all weights; else adapters of that rank on the modules `lora_targets`
-    (`all-linear`, or names with commas between), scaled by `lora_alpha` / `lora_rank`. `activation_checkpointing`
-    computes each layer again in backward instead of keeping what it computed. `eval_steps`: steps between evaluations
-    on the first `eval_documents` held-out documents; 0: never. `peak_tflops`: of one device, what MFU is a share of; 0:
+    `fresh` is a share of the rows, or `auto`. `reuse`: what a stored draw masks when it is used again: the `same` chunks, or
+    their `halves` in turn, each of which compdemo's teacher scored with the other shown (`Draw.half`). `block_start`: blocks
+    count from the sequence's first token, as the paper trains, or from the response's, as it samples.
+    `min_coverage`: least share of masked chunks that must carry a teacher's score. `lora_rank` 0 trains all weights; else
+    adapters of that rank on the modules `lora_targets` (`all-linear`, or names with commas between), scaled by `lora_alpha` /
+    `lora_rank`. `activation_checkpointing` computes each layer again in backward instead of keeping what it computed.
+    `eval_steps`: steps between evaluations on the first `eval_documents` held-out documents; 0: never. `peak_tflops`: of one device, what MFU is a share of; 0:
     measured. `workers` prepare batches ahead of the step; −1: `GPU_WORKERS` beside a GPU, none on a CPU, whose cores the step needs.
     """
 
@@ -91,6 +93,7 @@ class TrainConfig:
     timestep_weight: str = "uniform"
     ce_normalisation: str = "token"
     fresh: float | str = AUTO
+    reuse: str = "same"
     min_coverage: float = 0.5
     draws_together: int = 1
     block_size: int = 32
@@ -153,6 +156,11 @@ class TrainConfig:
             raise TidecacheError(
                 f"draws_together: a batch holds whole groups of {self.draws_together} rows, found batch {self.batch}: "
                 f"pass --batch with a multiple of it"
+            )
+        if self.reuse == "halves" and (self.context != "compdemo" or self.objective == "none"):
+            raise TidecacheError(
+                "reuse: halves are what compdemo's teacher scored one by one, so they need an objective that distils and "
+                f"context compdemo, found objective {self.objective} and context {self.context}: pass --reuse same"
             )
         if self.tidal == "interpolate" and self.objective == "reverse-kl":
             raise TidecacheError(

@@ -27,15 +27,19 @@ T = TypeVar("T")
 class TrainingRows(Dataset[Row]):
     """Rows 0 … count − 1 of a run (see the module). Sequential access is fast; any access is right.
 
-    `makers`: one for each cache of `draws`, in their order.
+    `makers`: one for each cache of `draws`, in their order. `halves`: of its uses, a stored draw's second masks only half A
+    of its chunks, its third half B, its fourth both again, and so on; with compdemo the teacher has scored just that.
     """
 
-    def __init__(self, draws: DrawStream, makers: Sequence[RowMaker], fresh: float, count: int) -> None:
+    def __init__(
+        self, draws: DrawStream, makers: Sequence[RowMaker], fresh: float, count: int, halves: bool = False
+    ) -> None:
         self.draws = draws
         self.documents = DocumentStream(draws)
         self.makers = tuple(makers)
         self.fresh = fresh
         self.count = count
+        self.halves = halves
 
     def __len__(self) -> int:
         return self.count
@@ -59,7 +63,9 @@ class TrainingRows(Dataset[Row]):
         stream, within = self.place(number)
         if stream == "cached":
             cache, draw = self.draws.located(within)
-            return self.makers[cache].cached_row(draw)
+            maker = self.makers[cache]
+            use = self.draws.uses(within) % 3 if self.halves else 0
+            return maker.cached_row(draw.half(use == 1, maker.spec.demo_ratio) if use else draw)
         turn, repeat = divmod(within, self.draws.together)
         visit = self.documents[turn]
         return self.makers[visit.cache].fresh_row(visit.stored, visit.times * self.draws.together + repeat)

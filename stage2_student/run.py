@@ -184,7 +184,8 @@ def prepare(
         )
         for cache in opened
     ]
-    rows = TrainingRows(draws, makers, config.fresh_share, steps * batch_rows)
+    halves = config.reuse == "halves"
+    rows = TrainingRows(draws, makers, config.fresh_share, steps * batch_rows, halves)
     trained_from = tuple(
         TrainedFrom(cache.spec.fingerprint, cache.manifest.content, source.weight)
         for cache, source in zip(opened, sources, strict=True)

@@ -11,8 +11,9 @@ chunks in a draw), K fillings per chunk, T temperatures of the spec. Log-likelih
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from shared.cache.vocabulary import TeacherVocabulary
 from shared.documents import Chunks, Message
 from shared.errors import TidecacheError
+from shared.ragged import ranges
 
 FloatArray = npt.NDArray[np.float32]
 IdArray = npt.NDArray[np.int32]
@@ -81,6 +83,29 @@ class ContextScores:
     topk_logp_MK: FloatArray | None = None
     tail_ids: IdArray | None = None
     tail_logp: FloatArray | None = None
+
+    def of_chunks(self, kept_M: BoolArray, token_count_M: IntArray) -> ContextScores:
+        """The scores of some masked chunks; `token_count_M`: teacher tokens of each of all."""
+        count = token_count_M[kept_M]
+        start = (np.cumsum(token_count_M) - token_count_M)[kept_M]
+        kept = ContextScores(self.gold_logp_N[ranges(start, count)])
+        if self.topk_ids is not None and self.topk_logp_MK is not None and self.log_z_MT is not None:
+            k = self.topk_logp_MK.shape[1]
+            kept = replace(
+                kept,
+                log_z_MT=self.log_z_MT[kept_M],
+                topk_ids=self.topk_ids[ranges(k * start, k * count)],
+                topk_logp_MK=self.topk_logp_MK[kept_M],
+            )
+        if self.tail_ids is not None and self.tail_logp is not None:
+            kept_S = kept_M[token_count_M == 1]  # of the chunks that have tail samples
+            kept = replace(kept, tail_ids=_of_rows(self.tail_ids, kept_S), tail_logp=_of_rows(self.tail_logp, kept_S))
+        return kept
+
+
+def _of_rows(flat: npt.NDArray[Any], kept_S: BoolArray) -> npt.NDArray[Any]:
+    """Some rows of equal length, that stand one after the other in a flat array, flat again."""
+    return np.asarray(flat.reshape(len(kept_S), -1)[kept_S].ravel()) if len(kept_S) else flat
 
 
 @dataclass(frozen=True)
@@ -171,6 +196,26 @@ class Draw:
         start_M = np.cumsum(self.token_count_M) - self.token_count_M
         gold_logp_N = self.scores[context].gold_logp_N.astype(np.float64)
         return np.add.reduceat(gold_logp_N, start_M).astype(np.float32)
+
+    def half(self, side: bool, demo_ratio: float) -> Draw:
+        """The draw as compdemo's teacher saw it when it scored one half: the other half is shown, and no longer masked.
+
+        `side`: True keeps A masked. Its timestep is t times the half's share of the masked chunks, `demo_ratio` for A, which
+        is the probability that a chunk is masked in it. It has the scores of compdemo alone: those of other contexts were
+        given with more masked.
+
+        Raises:
+            KeyError: it was read without them.
+        """
+        kept_M = self.split == side
+        share = demo_ratio if side else 1.0 - demo_ratio
+        return replace(
+            self,
+            timestep=float(np.float32(self.timestep * share)),
+            chunks=self.chunks[kept_M],
+            split=self.split[kept_M],
+            scores={"compdemo": self.scores["compdemo"].of_chunks(kept_M, self.token_count_M)},
+        )
 
     @property
     def candidates(self) -> list[list[tuple[bytes, float]]]:

@@ -175,6 +175,11 @@ class DrawStream:
         cache, within = self._place(number)
         return Place(cache, *self._windows[cache].row(within))
 
+    def uses(self, number: int) -> int:
+        """How often the stored draw of item `number` was used before: each is used once before any is used twice."""
+        cache, within = self._place(number)
+        return within // self.indexes[cache].draws
+
     def _place(self, number: int) -> tuple[int, int]:
         group, within = divmod(number, self.together)
         cache, turn = self.mixture.place(group)
