@@ -77,8 +77,9 @@ class TrainConfig:
     `min_coverage`: least share of masked chunks that must carry a teacher's score. `lora_rank` 0 trains all weights; else
     adapters of that rank on the modules `lora_targets` (`all-linear`, or names with commas between), scaled by `lora_alpha` /
     `lora_rank`. `activation_checkpointing` computes each layer again in backward instead of keeping what it computed.
-    `eval_steps`: steps between evaluations on the first `eval_documents` held-out documents; 0: never. `peak_tflops`: of one device, what MFU is a share of; 0:
-    measured. `workers` prepare batches ahead of the step; −1: `GPU_WORKERS` beside a GPU, none on a CPU, whose cores the step needs.
+    `eval_steps`: steps between evaluations on the first `eval_documents` held-out documents; 0: never.
+    `peak_tflops`: of one device, what MFU is a share of; 0: measured. `workers` prepare batches ahead of the step; −1: `GPU_WORKERS`
+    beside a GPU, none on a CPU, whose cores the step needs.
     """
 
     objective: str = "reverse-calm"
