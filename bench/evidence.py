@@ -4,7 +4,8 @@
 
 Every cell of `evidence_cells` is one student, trained from a cache by the project's own code and measured on modules
 that nobody has seen (`evidence_work`). A cell's result is one JSON line, kept under its configuration's digest, so a
-stopped run goes on, and `docs/evidence.md` is written from these lines alone (`evidence_page`).
+stopped run goes on, several runs (each with an `--out` of its own) share the work, and `docs/evidence.md` is written from
+these lines alone (`evidence_page`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from evidence_costs import costs_of
 from evidence_found import Found
 from evidence_page import write_page
 from evidence_results import Results
-from evidence_work import Workshop
+from evidence_work import Workshop, remember_views
 from exact_corpus import Run
 from exact_page import Exact
 from rich.console import Console
@@ -44,6 +45,7 @@ def main() -> None:
     results = Results(options.results or ROOT / "bench" / "results" / f"evidence-{scale.name}.jsonl")
     work = Workshop(options.out or Path("runs") / f"evidence-{scale.name}", scale, console)
     todo = [c for c in cells(scale, options.question or ()) if c.digest(scale) not in results.cells]
+    remember_views()
     begin = time.monotonic()
     if "base" not in results.cells:
         results.add("base", {"scale": scale.name, **work.measure(work.pair.base), "teacher": work.teacher_quality()})
@@ -51,6 +53,8 @@ def main() -> None:
         if time.monotonic() - begin > 60 * options.minutes:
             console.print(f"{len(todo) - number + 1} students are left: the same command goes on")
             break
+        if cell.digest(scale) in Results(results.path).cells:
+            continue  # by another process that shares the file
         started = time.monotonic()
         found = work.result(cell)
         results.add(cell.digest(scale), {"scale": scale.name, "cell": cell.to_json(), **found})
@@ -63,6 +67,7 @@ def main() -> None:
         if "costs" not in results.cells and (not options.question or "costs" in options.question):
             results.add("costs", {"scale": scale.name, **costs_of(work.folder, scale.name)})
     exact = Exact(Results(ROOT / "bench" / "results" / "exact.jsonl"), Run())
+    results = Results(results.path)
     page = options.page or (ROOT / "docs" / "evidence.md" if scale.name == "full" else results.path.with_suffix(".md"))
     write_page(page, Found(scale, results), exact)
     console.print(f"{page} and its plots are written")

@@ -9,25 +9,19 @@ import dataclasses
 import statistics
 from typing import Any
 
-from evidence_cells import CONTROLS, CROSS_ENTROPY, CacheChoice, Cell, cell, events, longer
-from evidence_found import Found, Metric, accuracy, bits, infilled, markdown, seconds
+from evidence_cells import CONTROLS, CROSS_ENTROPY, OFFLINE, CacheChoice, Cell, cell, events, longer, offline
+from evidence_found import Found, Metric, accuracy, bits, infilled, markdown
 from evidence_results import spread, twice_error
 
 MARGIN = 0.1  # of the distillation gain: the equivalence margin, fixed beforehand
 ENOUGH = 3
 ONLINE = events()
-OFFLINE = "offline and online"
-DRAWS = tuple((draws, fresh) for draws in (1, 2, 4) for fresh in (0.0, 0.5))
+QUESTION = "offline and online"
 # (name, metric, sign of what is better, digits)
 METRICS: tuple[tuple[str, Metric, int, int], ...] = (
     ("bits per byte", bits, -1, 4),
     ("top-1, points", accuracy, 1, 2),
 )
-
-
-def offline(draws: int, fresh: float) -> Cell:
-    """Event KL from so many stored draws."""
-    return events(CacheChoice(draws=draws), fresh=fresh)
 
 
 def equivalent(difference: list[float], margin: float, better: int) -> str:
@@ -47,10 +41,10 @@ def equivalent(difference: list[float], margin: float, better: int) -> str:
 
 def equivalence(found: Found) -> str:
     """Whether K draws, with and without fresh rows, equal the teacher in the loop, by the rule."""
-    parts, rows = [], [[str(draws), f"{fresh:g}"] for draws, fresh in DRAWS]
-    head = ["draws", "fresh rows"]
+    parts, rows = [], [[str(draws), f"{fresh:g}", reuse] for draws, fresh, reuse in OFFLINE]
+    head = ["draws", "fresh rows", "reuse"]
     for name, metric, better, digits in METRICS:
-        gain = [better * d for d in found.paired(ONLINE, CROSS_ENTROPY, metric, OFFLINE)]
+        gain = [better * d for d in found.paired(ONLINE, CROSS_ENTROPY, metric, QUESTION)]
         if not gain:
             return "Not measured yet."
         if statistics.mean(gain) <= twice_error(gain):
@@ -64,8 +58,8 @@ def equivalence(found: Found) -> str:
             f"masks; the margin is {margin:.{digits}f}."
         )
         head += [f"{name} − online's", "verdict", "share of the gain"]
-        for row, (draws, fresh) in zip(rows, DRAWS, strict=True):
-            difference = found.paired(offline(draws, fresh), ONLINE, metric, OFFLINE)
+        for row, one in zip(rows, OFFLINE, strict=True):
+            difference = found.paired(offline(*one), ONLINE, metric, QUESTION)
             if difference:
                 kept = 1 + better * statistics.mean(difference) / statistics.mean(gain)
                 row += [spread(difference, digits, signed=True), equivalent(difference, margin, better), f"{kept:.0%}"]
@@ -157,24 +151,25 @@ def in_short(found: Found) -> list[str]:
                 f"Event KL gains {spread(gain, digits)} {name.replace(', points', ' points')} over cross-entropy and is better, "
                 f"beyond the spread, than {verdicts.count('better')} of the {len(verdicts)} things it is held against."
             )
-        reached = [
-            f"{draws} draw{'s' if draws > 1 else ''}{' with half fresh rows' if fresh else ''}"
-            for draws, fresh in DRAWS
-            if gain
-            and equivalent(
-                found.paired(offline(draws, fresh), ONLINE, metric, OFFLINE), MARGIN * statistics.mean(gain), better
-            )
-            in ("equivalent", "no worse", "better")
+        within = [
+            f"{draws} draw{'s' if draws > 1 else ''}"
+            + (f", {fresh:.0%} fresh rows" if fresh else "")
+            + (", halves" if reuse == "halves" else "")
+            for draws, fresh, reuse in OFFLINE
+            if gain and within_margin(found, (draws, fresh, reuse), metric, better)
         ]
         if gain:
-            lines.append(f"Within the margin of the teacher in the loop, in {name}: {', '.join(reached) or 'none'}.")
+            lines.append(f"Within the margin of the teacher in the loop, in {name}: {'; '.join(within) or 'none'}.")
     return lines
 
 
-def training_seconds(found: Found) -> str:
-    """Mean seconds of training of event KL and of what it is held against at equal seconds."""
-    cells = (("event KL", ONLINE), ("cross-entropy", CROSS_ENTROPY), ("longer cross-entropy", longer(found.scale)))
-    return ", ".join(f"{name} {spread([seconds(r) for r in found.records(c, 'controls')], 0)} s" for name, c in cells)
+def within_margin(found: Found, one: tuple[int, float, str], metric: Metric, better: int) -> bool:
+    """Whether few draws are equivalent to, or no worse than, the teacher in the loop."""
+    gain = [better * d for d in found.paired(ONLINE, CROSS_ENTROPY, metric, QUESTION)]
+    if not gain or statistics.mean(gain) <= twice_error(gain):
+        return False
+    difference = found.paired(offline(*one), ONLINE, metric, QUESTION)
+    return equivalent(difference, MARGIN * statistics.mean(gain), better) in ("equivalent", "no worse", "better")
 
 
 def front_table(found: Found) -> str:

@@ -31,11 +31,6 @@ def calibration(record: dict[str, Any]) -> float:
     return float(record["quality"]["all"]["calibration_error"])
 
 
-def seconds(record: dict[str, Any]) -> float:
-    """Of training, on one core beside another process."""
-    return float(record["train_seconds"])
-
-
 def infilled(step: int) -> Metric:
     """Share of spans that are right, at the given place among the numbers of steps."""
     return lambda record: 100 * float(record["infilling"][step]["exact"])

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from evidence_cells import BEST, CROSS_ENTROPY, FULL, VALIDATED_CROSS_ENTROPY, grid
-from evidence_claims import costs, equivalence, front_table, gains, in_short, training_seconds
-from evidence_found import Found, Metric, accuracy, bits, bits_in, calibration, completed, infilled, markdown, seconds
+from evidence_claims import costs, equivalence, front_table, gains, in_short
+from evidence_found import Found, Metric, accuracy, bits, bits_in, calibration, completed, infilled, markdown
 from evidence_plots import plots_of, standalone
 from evidence_results import Results, spread
 from exact_corpus import Run
@@ -28,9 +28,8 @@ COLUMNS: tuple[tuple[str, Metric, int], ...] = (
     ("valid functions % at 1", completed(2, "valid"), 1),
     ("valid at 6", completed(0, "valid"), 1),
     ("next line % at 1", completed(2, "next_line"), 1),
-    ("training, s", seconds, 0),
 )
-ON_VALIDATION: tuple[tuple[str, Metric, int], ...] = (("top-1 %", accuracy, 2), ("training, s", seconds, 0))
+ON_VALIDATION: tuple[tuple[str, Metric, int], ...] = (("top-1 %", accuracy, 2),)
 BY_TIMESTEP: tuple[tuple[str, Metric, int], ...] = tuple(
     (f"t {low:g}–{low + 0.2:g}", bits_in(place), 3) for place, low in enumerate((0.0, 0.2, 0.4, 0.6, 0.8))
 )
@@ -54,7 +53,8 @@ itself: {base_bits:.4f} bits per byte, {base_accuracy:.2f} %; the teacher on the
 """
 SECTIONS = (
     ("offline and online", "Offline against online", "As many stored draws as epochs, each used once, have the law of a teacher "
-        "in the loop (`tests/e2e/test_replay.py`: the same losses and gradients), so eight draws stand for it."),
+        "in the loop (`tests/e2e/test_replay.py`: the same losses and gradients), so four draws stand for it, and more would "
+        "not be used. `reuse=halves`: a draw used again masks one half of its chunks, then the other, with the rest shown."),
     ("controls", "Gains over controls", "In place of the teacher: token frequencies, a bidirectional n-gram model of the same "
         "text, label smoothing, and the teacher's own answers about other places (`bench/evidence_teachers.py`). *Completed "
         "text*: cross-entropy on the training text with masked chunks sampled from the teacher."),
@@ -136,7 +136,7 @@ def write_page(path: Path, found: Found, exact: Exact) -> None:
         if question == "offline and online":
             parts += [equivalence(found) + "\n", *image("draws-accuracy")]
         if question == "controls":
-            parts += [gains(found) + "\n", f"Seconds of training: {training_seconds(found)}.\n", *image("generation")]
+            parts += [gains(found) + "\n", *image("generation")]
         if question == "contexts":
             parts += image("timesteps")
         parts.append(question_table(found, question) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-from evidence_cells import BEST, CROSS_ENTROPY, CacheChoice, cell, events, in_context
+from evidence_cells import BEST, CROSS_ENTROPY, CacheChoice, cell, events, in_context, offline
 from evidence_found import Found, Metric, accuracy, bits, bits_in, infilled
 from evidence_results import twice_error
 from exact_cells import Cell as ExactCell
@@ -43,21 +43,23 @@ def shown(plot: Plot) -> Plot | None:
 
 
 def draws_plot(found: Found, metric: Metric, name: str) -> Plot | None:
-    """Gain over cross-entropy against stored draws."""
+    """Difference to cross-entropy with fresh masks against stored draws."""
+    online = (float(found.scale.draws), found.paired(events(), CROSS_ENTROPY, metric, OFFLINE))
     curves = []
-    for fresh in (0.0, 0.5):
-        points = []
-        for draws in (1, 2, 4, 0):
-            made = events(CacheChoice(draws=draws), fresh=fresh if draws else 0.0)
-            points.append((float(draws or found.scale.draws), found.paired(made, CROSS_ENTROPY, metric, OFFLINE)))
-        title = "event KL, half fresh rows" if fresh else "event KL"
-        curves.append(curve(title, points, colour=1 if fresh else 2, dashed=fresh > 0))
+    for colour, (title, fresh, reuse) in enumerate(
+        (("same again", 0.0, "same"), ("halves again", 0.0, "halves"), ("half fresh rows", 0.5, "same")), 1
+    ):
+        points = [
+            (float(draws), found.paired(offline(draws, fresh, reuse), CROSS_ENTROPY, metric, OFFLINE))
+            for draws in (1, 2)
+        ]
+        curves.append(curve(f"event KL, {title}", [*points, online], colour, dashed=fresh > 0))
     alone = [
         (float(draws or found.scale.draws), found.paired(made, CROSS_ENTROPY, metric, OFFLINE))
         for draws, made in ((1, cell("none", CacheChoice(draws=1))), (0, CROSS_ENTROPY))
     ]
     curves.append(curve("cross-entropy", alone, colour=0))
-    title = f"{name} minus cross-entropy's with fresh masks, against stored draws (8: the teacher in the loop)"
+    title = f"{name} minus cross-entropy's with fresh masks, against stored draws ({found.scale.draws}: the teacher in the loop)"
     return shown(Plot(title, "draws", name, curves))
 
 
