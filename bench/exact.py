@@ -18,6 +18,7 @@ import argparse
 import math
 import statistics
 import time
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -105,14 +106,35 @@ def measured_weights(corpora: list[Corpus], context: str) -> str:
     return ",".join(f"{weight:.4g}" for weight in reliability(total))
 
 
-def batch_rows(seed: int, run: Run, step: int, cached: int, draws: int) -> list[tuple[bool, int, int]]:
-    """(fresh?, draw, document) of each row of a seed's batch; each stream goes through its own epochs."""
-    rows: list[tuple[bool, int, int]] = []
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch; `use`: how often the stored draw was used before."""
+
+    fresh: bool
+    draw: int
+    document: int
+    use: int = 0
+
+    def masks(self, corpus: Corpus, halves: bool) -> tuple[Tensor, Tensor]:
+        """(masked_C, timestep); with `halves` a further use masks half A of the draw's chunks, the next half B."""
+        at = self.draw, self.document
+        if self.fresh:
+            return corpus.fresh_KDC[at], corpus.fresh_timestep_KD[at]
+        side = self.use % 3 if halves else 0
+        if side == 0:
+            return corpus.masked_KDC[at], corpus.timestep_KD[at]
+        shown_C = ~corpus.split_KDC[at] if side == 1 else corpus.split_KDC[at]
+        return corpus.masked_KDC[at] & ~shown_C, corpus.timestep_KD[at] / 2
+
+
+def batch_rows(seed: int, run: Run, step: int, cached: int, draws: int) -> list[Row]:
+    """The rows of a seed's batch; each stream goes through its own epochs."""
+    rows: list[Row] = []
     for fresh, count in ((False, cached), (True, run.batch - cached)):
         for place in range(step * count, (step + 1) * count):
             epoch, within = divmod(place, run.documents)
             document = _document_order(seed * 1000 + epoch * 2 + fresh, run.documents)[within]
-            rows.append((fresh, epoch if fresh else epoch % draws, document))
+            rows.append(Row(True, epoch, document) if fresh else Row(False, epoch % draws, document, epoch // draws))
     return rows
 
 
@@ -127,7 +149,7 @@ def step_loss(
     setting: Setting,
     students: Students,
     corpora: list[Corpus],
-    rows: list[list[tuple[bool, int, int]]],
+    rows: list[list[Row]],
     progress: float,
     by_timestep: tuple[str, str],
 ) -> Tensor:
@@ -137,12 +159,11 @@ def step_loss(
     """
     token, masked, timestep, chosen = [], [], [], []
     for corpus, batch in zip(corpora, rows, strict=True):
-        token.append(torch.stack([corpus.token_DL[d] for _, _, d in batch]))
-        masked.append(torch.stack([(corpus.fresh_KDC if f else corpus.masked_KDC)[k, d] for f, k, d in batch]))
-        timestep.append(
-            torch.stack([(corpus.fresh_timestep_KD if f else corpus.timestep_KD)[k, d] for f, k, d in batch])
-        )
-        chosen.append(torch.tensor([not f for f, _, _ in batch]))
+        masks = [row.masks(corpus, cell.context == "halves") for row in batch]
+        token.append(torch.stack([corpus.token_DL[row.document] for row in batch]))
+        masked.append(torch.stack([masked_C for masked_C, _ in masks]))
+        timestep.append(torch.stack([t for _, t in masks]))
+        chosen.append(torch.tensor([not row.fresh for row in batch]))
     token_GBL, masked_GBC, timestep_GB, cached_GB = (torch.stack(x) for x in (token, masked, timestep, chosen))
     tokens = setting.chunk // setting.student
     masked_GBL = masked_GBC.repeat_interleave(tokens, 2)
@@ -154,12 +175,12 @@ def step_loss(
         return loss
     where = (masked_GBC & cached_GB[:, :, None]).nonzero()
     seed_X, row_X, chunk_X = where.unbind(1)
-    draw_GB = torch.tensor([[k for _, k, _ in batch] for batch in rows])
-    document_GB = torch.tensor([[d for _, _, d in batch] for batch in rows])
+    draw_GB = torch.tensor([[row.draw for row in batch] for batch in rows])
+    document_GB = torch.tensor([[row.document for row in batch] for batch in rows])
     place = [
         (draw_GB[g][r], document_GB[g][r], c) for g, (r, c) in enumerate(_by_seed(seed_X, row_X, chunk_X, len(rows)))
     ]
-    scores = [corpus.scores[cell.context] for corpus in corpora]
+    scores = [corpus.scores["compdemo" if cell.context == "halves" else cell.context] for corpus in corpora]
     gold_X = torch.cat([s.gold_KDC[p] for s, p in zip(scores, place, strict=True)])
     timestep_X = timestep_GB[seed_X, row_X]
     strength_X = tidal.strength(progress, timestep_X, cell.axis) if cell.tidal == "interpolate" else None

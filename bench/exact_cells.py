@@ -55,7 +55,7 @@ class Cell:
     tail: str = "other"  # other: one event for all other fillings; none: renormalised over the k on both sides
     draws: int = 16
     fresh: float = 0.0
-    context: str = "plain"
+    context: str = "plain"  # or compdemo, or halves: compdemo, and a draw used again masks one half, then the other
     tidal: str = "none"  # none, weight, interpolate
     axis: str = (
         "both"  # or training, timestep, or measured: by training progress and the teacher's measured reliability
@@ -100,6 +100,12 @@ def grid(setting: str) -> Iterator[tuple[str, Cell]]:
         for fresh in (0.0, 0.5):
             yield "draws and fresh rows", change(none, draws=draws, fresh=fresh)
             yield "draws and fresh rows", change(base, draws=draws, fresh=fresh)
+
+    for draws in (1, 2, 4):
+        for fresh in (0.0, 0.5):
+            for context in ("compdemo", "halves"):
+                yield "halves of a draw", change(base, draws=draws, fresh=fresh, context=context)
+    yield "halves of a draw", change(base, context="compdemo")
 
     yield "objectives", none
     for temperature in (1.0, 2.0, 5.0):

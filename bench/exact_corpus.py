@@ -58,6 +58,7 @@ class Corpus:
     masked_KDC: Tensor
     fresh_timestep_KD: Tensor
     fresh_KDC: Tensor
+    split_KDC: Tensor  # of compdemo's passes: True = A
     scores: dict[str, Scores]
     held_out_DL: Tensor
     held_out_timestep_D: Tensor
@@ -111,6 +112,7 @@ def make_corpus(setting: Setting, run: Run, seed: int) -> Corpus:
         masked_KDC=masked_KDC,
         fresh_timestep_KD=fresh_timestep_KD,
         fresh_KDC=fresh_KDC,
+        split_KDC=split_KDC,
         scores={"plain": stacked(plain), "compdemo": stacked(compdemo)},
         held_out_DL=token_ids(held_DS, setting.student, setting.symbols),
         held_out_timestep_D=held_timestep_1D[0],

@@ -89,3 +89,22 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     assert list(Results(out).cells) == [cell.digest(run)]
     found = subprocess.run([sys.executable, str(BENCH / "exact.py"), "--help"], capture_output=True, text=True)
     assert found.returncode == 0
+
+
+def test_halves_are_the_parts_that_compdemo_scored_with_the_rest_shown() -> None:
+    """The exact teacher's scores of a half are those of a pass over the text in which just that half is masked."""
+    setting, run = SETTINGS["same"], exact_corpus.Run(seeds=1, documents=4, held_out=2, epochs=2)
+    corpus = exact_corpus.make_corpus(setting, run, 0)
+    source = Source.random(run.states, setting.symbols, 0)
+    for use, share in ((0, 1.0), (1, 0.5), (2, 0.5), (3, 1.0)):
+        masked_C, t = exact.Row(False, 1, 2, use).masks(corpus, halves=True)
+        assert float(t) == pytest.approx(share * float(corpus.timestep_KD[1, 2]))
+        if share == 1.0:
+            assert torch.equal(masked_C, corpus.masked_KDC[1, 2])
+            continue
+        assert not (masked_C & ~corpus.masked_KDC[1, 2]).any()
+        scores = exact_corpus.score(source, setting, corpus.token_DL[2:3], masked_C[None], masked_C[None])
+        assert masked_C.any()
+        torch.testing.assert_close(scores[0][0][masked_C], corpus.scores["compdemo"].gold_KDC[1, 2][masked_C])
+    masked_C, _ = exact.Row(False, 1, 2, 1).masks(corpus, halves=False)
+    assert torch.equal(masked_C, corpus.masked_KDC[1, 2])
