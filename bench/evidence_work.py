@@ -231,6 +231,7 @@ class Workshop:
             "learning_rate": self.scale.learning_rate,
             "tidal": "none",
             "fresh": 0.0,
+            "reuse": "same",
             "save_steps": 0,
             "seed": cell.seed,
             **dict(cell.recipe),

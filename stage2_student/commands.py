@@ -73,7 +73,7 @@ def train(
     timestep_weight: Annotated[str | None, typer.Option(help="uniform, midrange, measured, or numbers by bin.")] = None,
     ce_normalisation: Annotated[str | None, typer.Option(help="token, sequence or batch.")] = None,
     fresh: Annotated[str | None, typer.Option(help="Share of rows with fresh masks, or auto.")] = None,
-    reuse: Annotated[str | None, typer.Option(help="A draw used again masks: same, or halves in turn.")] = None,
+    reuse: Annotated[str | None, typer.Option(help="A draw used again masks: same, halves in turn, or auto.")] = None,
     min_coverage: Annotated[float | None, typer.Option(help="Least share of chunks with a teacher's score.")] = None,
     draws_together: Annotated[int | None, typer.Option(help="Draws of one document, one after the other.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per attention block.")] = None,

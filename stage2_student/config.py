@@ -30,9 +30,10 @@ EVENT_OBJECTIVES = ("kl", "reverse-kl")
 BLOCK_STARTS = ("sequence", "response")
 TIMESTEP_WEIGHTS = ("uniform", "midrange")
 MEASURED = "measured"  # of timestep weights: replaced by numbers once the cache is known, by `reliability`
-AUTO = "auto"  # of `fresh`: decided by `automatic_fresh` once the cache is known
+AUTO = "auto"  # of `fresh` and `reuse`: decided by `automatic_fresh` and `automatic_reuse` once the cache is known
 GPU_WORKERS = 2
-FRESH_AT_MOST = 0.5  # of what `auto` decides: the share that a trial found to win back what reuse loses (DESIGN §1, §6)
+FRESH_AT_MOST = 0.5  # of what `auto` decides (docs/evidence.md)
+VIEWS = 3  # different rows that a draw gives with `reuse` halves: all of its chunks, half A, half B
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "objective": OBJECTIVES,
     "context": CONTEXTS,
@@ -43,7 +44,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "scheduler": ("cosine", "linear", "constant_with_warmup"),
     "precision": ("float32", "bf16"),
     "block_start": BLOCK_STARTS,
-    "reuse": ("same", "halves"),
+    "reuse": (AUTO, "same", "halves"),
 }
 
 LOWEST: Mapping[str, int] = {
@@ -72,7 +73,8 @@ class TrainConfig:
     `reliability`), or numbers by timestep bin with commas between, as `measured` is decided.
     `draws_together` rows, one after the other, are draws of one document, so that they can share its clean half.
     `fresh` is a share of the rows, or `auto`. `reuse`: what a stored draw masks when it is used again: the `same` chunks, or
-    their `halves` in turn, each of which compdemo's teacher scored with the other shown (`Draw.half`). `block_start`: blocks
+    their `halves` in turn, each of which compdemo's teacher scored with the other shown (`Draw.half`); `auto`: `halves` where
+    the recipe distils from compdemo. `block_start`: blocks
     count from the sequence's first token, as the paper trains, or from the response's, as it samples.
     `min_coverage`: least share of masked chunks that must carry a teacher's score. `lora_rank` 0 trains all weights; else
     adapters of that rank on the modules `lora_targets` (`all-linear`, or names with commas between), scaled by `lora_alpha` /
@@ -94,7 +96,7 @@ class TrainConfig:
     timestep_weight: str = "uniform"
     ce_normalisation: str = "token"
     fresh: float | str = AUTO
-    reuse: str = "same"
+    reuse: str = AUTO
     min_coverage: float = 0.5
     draws_together: int = 1
     block_size: int = 32
@@ -303,13 +305,19 @@ def load_recipe(
     return resolve({**(defaults or {}), **values, **(overrides or {})}, source)
 
 
-def automatic_fresh(draws_per_document: float, epochs: float) -> float:
-    """The share of fresh rows where `fresh` is `auto`: enough that no stored draw is used twice, but at most half.
+def automatic_reuse(config: TrainConfig) -> str:
+    """What `reuse` is where it is `auto`: `halves` where the recipe distils from compdemo (docs/evidence.md)."""
+    return "halves" if config.objective != "none" and config.context == "compdemo" else "same"
 
-    0 where there are as many draws as epochs. A trial found what reused masks cost to lie in cross-entropy, and half of
-    each batch with fresh masks to win back nearly all of it with one or two draws per document (DESIGN §1, §6).
+
+def automatic_fresh(draws_per_document: float, epochs: float, reuse: str) -> float:
+    """The share of fresh rows where `fresh` is `auto`: enough that no row comes twice, but at most half.
+
+    0 where there are as many draws as epochs, or with halves a third as many: a draw gives `VIEWS` different rows then. What
+    reused masks cost lies in cross-entropy for the most part, and fresh masks win it back (docs/evidence.md).
     """
-    return round(min(FRESH_AT_MOST, max(0.0, 1.0 - draws_per_document / epochs)), 4)
+    rows = draws_per_document * (VIEWS if reuse == "halves" else 1)
+    return round(min(FRESH_AT_MOST, max(0.0, 1.0 - rows / epochs)), 4)
 
 
 def require(config: TrainConfig, spec: CaptureSpec, cache: str) -> None:

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from shared.cache.stream import DocumentStream, DrawStream
 from shared.errors import TidecacheError
+from stage2_student.config import VIEWS
 from stage2_student.data import Row, RowMaker
 
 T = TypeVar("T")
@@ -64,7 +65,7 @@ class TrainingRows(Dataset[Row]):
         if stream == "cached":
             cache, draw = self.draws.located(within)
             maker = self.makers[cache]
-            use = self.draws.uses(within) % 3 if self.halves else 0
+            use = self.draws.uses(within) % VIEWS if self.halves else 0
             return maker.cached_row(draw.half(use == 1, maker.spec.demo_ratio) if use else draw)
         turn, repeat = divmod(within, self.draws.together)
         visit = self.documents[turn]

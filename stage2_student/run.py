@@ -31,7 +31,15 @@ from shared.spec import CaptureSpec
 from stage2_student import adapters, checkpoints, families, tidal
 from stage2_student.batch import Collator
 from stage2_student.callbacks import Display, LogFile
-from stage2_student.config import AUTO, MEASURED, TIMESTEP_WEIGHTS, TrainConfig, automatic_fresh, require
+from stage2_student.config import (
+    AUTO,
+    MEASURED,
+    TIMESTEP_WEIGHTS,
+    TrainConfig,
+    automatic_fresh,
+    automatic_reuse,
+    require,
+)
 from stage2_student.data import RowMaker
 from stage2_student.dataset import TrainingRows
 from stage2_student.losses import Counts, total
@@ -96,6 +104,8 @@ class Plan:
                 ("draws", f"{per_document}, each used {cache.uses:.3g} times on average"),
             ]
         tokenizers = " and ".join(dict.fromkeys(cache.tokenizer for cache in self.caches))
+        if config.reuse == "halves" and any(cache.uses > 1 for cache in self.caches):
+            rows.append(("used again", "a draw masks one half of its chunks, then the other, with the rest shown"))
         rows += [
             ("objective", objective if distills else "cross-entropy only"),
             ("student tokenizer", f"{tokenizers}: {self.coverage:.1%} of the masked chunks carry a teacher's score"),
@@ -164,8 +174,11 @@ def prepare(
     batch_rows = config.batch * config.accumulation * ranks
     steps = config.steps or max(1, math.ceil(config.epochs * documents / batch_rows))
     automatic = config.fresh == AUTO
+    if config.reuse == AUTO:
+        config = dataclasses.replace(config, reuse=automatic_reuse(config))
     if automatic:
-        config = dataclasses.replace(config, fresh=automatic_fresh(stored / documents, steps * batch_rows / documents))
+        share = automatic_fresh(stored / documents, steps * batch_rows / documents, config.reuse)
+        config = dataclasses.replace(config, fresh=share)
     if config.timestep_weight == MEASURED:
         used = distills and config.tidal != "none"
         config = dataclasses.replace(

@@ -128,7 +128,7 @@ def test_a_checkpoint_is_a_plain_folder(cache: Cache, student_folder: Path, tmp_
     assert AutoTokenizer.from_pretrained(out).mask_token == "<|mask|>"
     metadata = json.loads((out / "tidecache.json").read_text())
     assert metadata["block_size"] == 16
-    assert resolve(metadata["config"], "saved") == dataclasses.replace(config, fresh=0.0)  # half an epoch: none needed
+    assert resolve(metadata["config"], "saved") == dataclasses.replace(config, fresh=0.0, reuse="halves")
     identity = {"fingerprint": cache.spec.fingerprint, "content": cache.manifest.content, "weight": 1.0}
     assert metadata["caches"] == [identity]
     before, after = load_file(student_folder / "model.safetensors"), load_file(out / "model.safetensors")
