@@ -35,6 +35,7 @@ from stage2_student.config import (
     AUTO,
     MEASURED,
     TIMESTEP_WEIGHTS,
+    VIEWS,
     TrainConfig,
     automatic_fresh,
     automatic_reuse,
@@ -233,15 +234,16 @@ def _plan(config: TrainConfig, rows: TrainingRows, steps: int, student: Student)
         if config.tidal == "none":
             return 1.0
         mean = 0.0
-        for share, index in zip(draws.mixture.shares, draws.indexes, strict=True):
-            timestep_R = torch.from_numpy(index.timestep_R).double()
-            if config.tidal == "interpolate":
-                weight_R = tidal.strength(progress, timestep_R, config.tidal_axis, *schedule)
-            else:
-                weight_R = tidal.sample_weight(
-                    progress, timestep_R, config.tidal_axis, config.timestep_weight, *schedule
-                )
-            mean += share * float(weight_R.mean())
+        for cache, plan, index in zip(draws.caches, caches, draws.indexes, strict=True):
+            for scale, part in _uses(config, cache.spec, plan.uses):
+                timestep_R = scale * torch.from_numpy(index.timestep_R).double()
+                if config.tidal == "interpolate":
+                    weight_R = tidal.strength(progress, timestep_R, config.tidal_axis, *schedule)
+                else:
+                    weight_R = tidal.sample_weight(
+                        progress, timestep_R, config.tidal_axis, config.timestep_weight, *schedule
+                    )
+                mean += plan.share * part * float(weight_R.mean())
         return mean
 
     return Plan(
@@ -255,6 +257,14 @@ def _plan(config: TrainConfig, rows: TrainingRows, steps: int, student: Student)
         tokens=round(mean_length * len(rows)),
         without_tail=tuple(str(c.path) for c in draws.caches if misses_tail(config, c.spec, student.text.digest)),
     )
+
+
+def _uses(config: TrainConfig, spec: CaptureSpec, uses: float) -> list[tuple[float, float]]:
+    """(scale of its timestep, share of the rows) of a draw's uses: halves have less masked."""
+    if config.reuse == "same" or uses <= 1.0:
+        return [(1.0, 1.0)]
+    scales = (1.0, spec.demo_ratio, 1.0 - spec.demo_ratio)
+    return [(scales[use % VIEWS], min(1.0, uses - use) / uses) for use in range(math.ceil(uses))]
 
 
 def misses_tail(config: TrainConfig, spec: CaptureSpec, tokenizer: str) -> bool:

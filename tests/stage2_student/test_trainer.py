@@ -274,8 +274,9 @@ def test_a_dry_run_writes_nothing_and_says_what_would_happen(
     for said in (
         cache.spec.fingerprint,
         "declared: 100.0% of the masked chunks",
-        "3 per document, each used 1 times on average",
-        "50% of each batch, cross-entropy only (automatic",
+        "3 per document, each used 2 times on average",
+        "a draw masks one half of its chunks, then the other",
+        "0% of each batch, cross-entropy only (automatic",
         "72 in 18 steps (6 epochs)",
         "first batch: loss",
     ):
