@@ -17,7 +17,7 @@ from pathlib import Path
 from evidence_cells import SCALES, cells
 from evidence_costs import costs_of
 from evidence_found import Found
-from evidence_page import write_page
+from evidence_page import EXACT_RESULTS, FULL_RESULTS, write_kept, write_page
 from evidence_results import Results
 from evidence_work import Workshop, remember_views
 from exact_corpus import Run
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--question", action="append", help="only the students of these questions; costs is one")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so many")
     parser.add_argument(
-        "--page", type=Path, help="default: docs/evidence.md for the full scale, else beside the results"
+        "--page", type=Path, help="default: docs/evidence.md for the kept results, else beside the results"
     )
     options = parser.parse_args()
     scale, console = SCALES[options.scale], Console()
@@ -66,10 +66,12 @@ def main() -> None:
     else:
         if "costs" not in results.cells and (not options.question or "costs" in options.question):
             results.add("costs", {"scale": scale.name, **costs_of(work.folder, scale.name)})
-    exact = Exact(Results(ROOT / "bench" / "results" / "exact.jsonl"), Run())
-    results = Results(results.path)
-    page = options.page or (ROOT / "docs" / "evidence.md" if scale.name == "full" else results.path.with_suffix(".md"))
-    write_page(page, Found(scale, results), exact)
+    if results.path == FULL_RESULTS and options.page is None:
+        write_kept()
+        console.print("docs/evidence.md, its plots and README's table are written")
+        return
+    page = options.page or results.path.with_suffix(".md")
+    write_page(page, Found(scale, Results(results.path)), Exact(Results(EXACT_RESULTS), Run()))
     console.print(f"{page} and its plots are written")
 
 

@@ -155,6 +155,11 @@ def in_context(objective: str, context: str) -> Cell:
     return cell(objective, context=context, **({} if objective == "reverse-calm" else BEST))
 
 
+def lighter(teacher: str) -> Cell:
+    """Event KL with weight 1: the tuned weight is for a teacher that knows more."""
+    return events(CacheChoice(teacher=teacher), distill_weight=1.0)
+
+
 def longer(scale: Scale) -> Cell:
     """Cross-entropy for as many seconds as event KL takes; the rows beyond the stored draws have fresh masks."""
     steps = round(scale.steps * EQUAL_SECONDS)
@@ -175,6 +180,7 @@ def grid(scale: Scale) -> Iterator[tuple[str, Cell]]:
     yield "controls", dataclasses.replace(CROSS_ENTROPY, cache=CacheChoice(teacher="completed"))
     for teacher in ("tiny", *CONTROLS):
         yield "controls", events(CacheChoice(teacher=teacher))
+    yield "controls", lighter("ngram")
 
     yield "objectives", CROSS_ENTROPY
     yield "objectives", cell("reverse-calm", tidal="weight")  # the default recipe

@@ -15,10 +15,13 @@ from evidence_plots import plots_of, standalone
 from evidence_results import Results, spread
 from exact_corpus import Run
 from exact_page import Exact, section
+from exact_page import in_short as exact_in_short
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL_RESULTS = ROOT / "bench" / "results" / "evidence-full.jsonl"
 EXACT_RESULTS = ROOT / "bench" / "results" / "exact.jsonl"
+
+MARKS = ("<!-- evidence: written by bench/evidence_page.py -->", "<!-- end of evidence -->")
 
 COLUMNS: tuple[tuple[str, Metric, int], ...] = (
     ("top-1 %", accuracy, 2),
@@ -85,13 +88,13 @@ def question_table(found: Found, question: str) -> str:
     return markdown(head, rows) if rows else "Not measured yet."
 
 
-def introduction(found: Found, name: str) -> str:
+def introduction(found: Found, exact: Exact) -> str:
     """Title, how to read the page, and the claims in short."""
     tuned = ", ".join(f"{key.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{key.replace('_', ' ')} {value}"
                       for key, value in BEST.items())  # fmt: skip
     command = "make evidence" if found.scale.name == "full" else f"make evidence-{found.scale.name}"
-    text = INTRODUCTION.format(command=command, results=f"bench/results/{name}", tuned=tuned)
-    return text + "\n".join(f"- {line}" for line in in_short(found) or ["Not measured yet."]) + "\n"
+    text = INTRODUCTION.format(command=command, results=f"bench/results/{found.results.path.name}", tuned=tuned)
+    return text + "\n".join(f"- {line}" for line in [*in_short(found), *exact_in_short(exact)]) + "\n"
 
 
 def pair_introduction(found: Found) -> str:
@@ -107,14 +110,18 @@ def pair_introduction(found: Found) -> str:
     )  # fmt: skip
 
 
-def write_kept(path: Path = ROOT / "docs" / "evidence.md") -> None:
-    """Write the page of the results that are kept in the repository."""
-    write_page(path, Found(FULL, Results(FULL_RESULTS)), Exact(Results(EXACT_RESULTS), Run()))
+def write_kept(page: Path = ROOT / "docs" / "evidence.md", readme: Path = ROOT / "README.md") -> None:
+    """Write the page of the results that are kept in the repository, and README's table."""
+    found = Found(FULL, Results(FULL_RESULTS))
+    write_page(page, found, Exact(Results(EXACT_RESULTS), Run()))
+    readme.write_text(with_table(readme.read_text(encoding="utf-8"), front_table(found)), encoding="utf-8")
 
 
-def readme_table() -> str:
-    """README's table: quality, bytes, seconds and memory at the full scale."""
-    return front_table(Found(FULL, Results(FULL_RESULTS)))
+def with_table(readme: str, table: str) -> str:
+    """README with this table between its two marks."""
+    before, rest = readme.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    return f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}"
 
 
 def write_page(path: Path, found: Found, exact: Exact) -> None:
@@ -128,7 +135,7 @@ def write_page(path: Path, found: Found, exact: Exact) -> None:
     def image(name: str) -> list[str]:
         return [f"![{plots[name].title}]({folder.name}/{name}.svg)\n"] if name in plots else []
 
-    parts = [introduction(found, found.results.path.name), *image("draws")]
+    parts = [introduction(found, exact), *image("draws")]
     sandbox = section(exact)
     parts += [*sandbox[:4], *image("exact-draws"), *sandbox[4:], pair_introduction(found)]
     for question, title, note in SECTIONS:
@@ -146,4 +153,3 @@ def write_page(path: Path, found: Found, exact: Exact) -> None:
 
 if __name__ == "__main__":
     write_kept()
-    print(readme_table())

@@ -19,6 +19,8 @@ from shared.cache.reader import Cache
 from shared.cache.statistics import TIMESTEP_BINS, ContextStatistics
 from shared.errors import TidecacheError
 
+LEAST = 0.01  # of weights before they are scaled: below, all that differs is chance
+
 Array = npt.NDArray[np.float64]
 
 
@@ -29,7 +31,7 @@ def reliability(statistics: ContextStatistics) -> Array:
     best filling, 0 where the cache has no topk lane. Bins without draws take what lies between their neighbours'.
 
     Raises:
-        TidecacheError: no bin is better than the noisiest one.
+        TidecacheError: no bin is better than the noisiest one, by a hundredth at least.
     """
     there_B = statistics.tokens_B > 0
     if there_B.any():
@@ -37,7 +39,7 @@ def reliability(statistics: ContextStatistics) -> Array:
         nll = -statistics.gold_logp_B[at] / statistics.tokens_B[at]
         trust = 1.0 - np.nan_to_num(statistics.calibration_error_B[at])
         weight = np.maximum(0.0, 1.0 - nll / max(float(nll[-1]), 1e-12)) * trust
-        if weight.max() > 0.0:
+        if weight.max() > LEAST:
             return np.interp(np.arange(TIMESTEP_BINS), at, weight / weight.max())
     raise TidecacheError(
         "timestep_weight: measured takes the weights from how much better the teacher is at lighter noise, but by this cache's "

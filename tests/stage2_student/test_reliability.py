@@ -48,7 +48,7 @@ def test_bins_without_draws_lie_between_their_neighbours() -> None:
 
 
 def test_a_teacher_that_never_knows_more_is_refused() -> None:
-    for hopeless in (statistics([2.0] * 10), ContextStatistics.zero(1)):
+    for hopeless in (statistics([2.0] * 10), statistics([1.99] * 5 + [2.0] * 5), ContextStatistics.zero(1)):
         with pytest.raises(TidecacheError, match=r"no better at any timestep.*--timestep-weight uniform"):
             reliability(hopeless)
 
