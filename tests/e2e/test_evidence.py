@@ -20,7 +20,7 @@ import evidence_claims  # noqa: E402
 import evidence_costs  # noqa: E402
 import evidence_page  # noqa: E402
 import evidence_teachers  # noqa: E402
-from evidence_cells import CROSS_ENTROPY, FULL, TEST, CacheChoice, Cell, cells, events, grid, quick_grid  # noqa: E402
+from evidence_cells import CROSS_ENTROPY, FULL, TEST, CacheChoice, Cell, cells, events, grid, offline, quick_grid  # noqa: E402
 from evidence_found import Found  # noqa: E402
 from evidence_generation import function_body, next_line, parses  # noqa: E402
 from evidence_results import Results  # noqa: E402
@@ -101,10 +101,10 @@ def test_equivalence_follows_its_rule(tmp_path: Path, offset: float, noise: floa
 
     put(CROSS_ENTROPY, 2.0)
     put(events(), 1.9)
-    put(evidence_claims.offline(1, 0.0), 1.9 + offset, noise)
+    put(offline(1, 0.0, "same"), 1.9 + offset, noise)
     found = Found(scale, Results(results.path))
-    row = next(line for line in evidence_claims.equivalence(found).splitlines() if line.startswith("| 1 | 0 |"))
-    assert row.split("|")[4].strip() == verdict
+    row = next(line for line in evidence_claims.equivalence(found).splitlines() if line.startswith("| 1 | 0 | same |"))
+    assert row.split("|")[5].strip() == verdict
     put(events(CacheChoice(teacher="ngram")), 1.95)
     row = next(line for line in evidence_claims.gains(found).splitlines() if "ngram" in line)
     assert row.split("|")[3].strip() != "better"  # `found` was read before
