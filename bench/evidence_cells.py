@@ -32,6 +32,7 @@ class Scale:
     seeds: int
     infill_documents: int
     prompts: int
+    wide_documents: int = 0
     learning_rate: float = 2e-4  # of those on the page, the best for both
     contexts: str = "both"
 
@@ -46,9 +47,21 @@ class Scale:
         return self.documents * self.epochs // self.batch
 
 
-FULL = Scale("full", documents=256, test_documents=160, epochs=4, batch=8, seeds=5, infill_documents=96, prompts=48)
+FULL = Scale(
+    "full",
+    documents=256,
+    test_documents=160,
+    epochs=4,
+    batch=8,
+    seeds=5,
+    infill_documents=96,
+    prompts=48,
+    wide_documents=640,
+)
 QUICK = Scale("quick", documents=48, test_documents=48, epochs=4, batch=8, seeds=2, infill_documents=24, prompts=8)
-TEST = Scale("test", documents=8, test_documents=24, epochs=2, batch=4, seeds=1, infill_documents=3, prompts=2)
+TEST = Scale(
+    "test", documents=8, test_documents=24, epochs=2, batch=4, seeds=1, infill_documents=3, prompts=2, wide_documents=8
+)
 SCALES = {scale.name: scale for scale in (FULL, QUICK, TEST)}
 
 
@@ -85,7 +98,7 @@ class CacheChoice:
 
 @dataclass(frozen=True)
 class Cell:
-    """One student: its cache, what its recipe changes, its seed, and what it is measured on: `test` or `validation`."""
+    """One student: its cache, what its recipe changes, its seed, and what it is measured on: `test`, `validation` or `wide`."""
 
     cache: CacheChoice = CacheChoice()
     recipe: tuple[tuple[str, Any], ...] = ()
@@ -98,7 +111,11 @@ class Cell:
 
     def digest(self, scale: Scale) -> str:
         """16 digits for this cell at this scale."""
-        size = dataclasses.asdict(dataclasses.replace(scale, seeds=0))  # more seeds keep the others' results
+        # More seeds, or more of the wide documents, keep the others' results.
+        size = dataclasses.asdict(dataclasses.replace(scale, seeds=0, wide_documents=0))
+        del size["wide_documents"]
+        if self.documents == "wide":
+            size["test_documents"] = scale.wide_documents
         text = json.dumps([VERSION, self.to_json(), size], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -128,6 +145,7 @@ def cell(objective: str, cache: CacheChoice | None = None, **recipe: Any) -> Cel
 
 
 CROSS_ENTROPY = cell("none")
+WIDE_CROSS_ENTROPY = dataclasses.replace(CROSS_ENTROPY, documents="wide")
 VALIDATED_CROSS_ENTROPY = dataclasses.replace(cell("none", learning_rate=2e-4), documents="validation")
 CONTROLS = ("unigram", "ngram", "smoothing", "shuffled")
 EQUAL_SECONDS = 4 / 3  # a step of event KL against one of cross-entropy, as measured where neither waits
@@ -181,6 +199,9 @@ def grid(scale: Scale) -> Iterator[tuple[str, Cell]]:
     for teacher in ("tiny", *CONTROLS):
         yield "controls", events(CacheChoice(teacher=teacher))
     yield "controls", lighter("ngram")
+
+    for found in (CROSS_ENTROPY, longer(scale), events(), offline(2, 0.0, "halves")):
+        yield "more documents", dataclasses.replace(found, documents="wide")
 
     yield "objectives", CROSS_ENTROPY
     yield "objectives", cell("reverse-calm", tidal="weight")  # the default recipe

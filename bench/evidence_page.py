@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evidence_cells import BEST, CROSS_ENTROPY, FULL, VALIDATED_CROSS_ENTROPY, grid
+from evidence_cells import BEST, CROSS_ENTROPY, FULL, VALIDATED_CROSS_ENTROPY, WIDE_CROSS_ENTROPY, grid
 from evidence_claims import costs, equivalence, front_table, gains, in_short
 from evidence_found import Found, Metric, accuracy, bits, bits_in, calibration, completed, infilled, markdown
 from evidence_plots import plots_of, standalone
@@ -32,7 +32,8 @@ COLUMNS: tuple[tuple[str, Metric, int], ...] = (
     ("valid at 6", completed(0, "valid"), 1),
     ("next line % at 1", completed(2, "next_line"), 1),
 )
-ON_VALIDATION: tuple[tuple[str, Metric, int], ...] = (("top-1 %", accuracy, 2),)
+REFERENCES = {"settings": VALIDATED_CROSS_ENTROPY, "more documents": WIDE_CROSS_ENTROPY}
+LIKELIHOOD_ALONE: tuple[tuple[str, Metric, int], ...] = (("top-1 %", accuracy, 2),)
 BY_TIMESTEP: tuple[tuple[str, Metric, int], ...] = tuple(
     (f"t {low:g}–{low + 0.2:g}", bits_in(place), 3) for place, low in enumerate((0.0, 0.2, 0.4, 0.6, 0.8))
 )
@@ -61,6 +62,8 @@ SECTIONS = (
     ("controls", "Gains over controls", "In place of the teacher: token frequencies, a bidirectional n-gram model of the same "
         "text, label smoothing, and the teacher's own answers about other places (`bench/evidence_teachers.py`). *Completed "
         "text*: cross-entropy on the training text with masked chunks sampled from the teacher."),
+    ("more documents", "On more documents", "The spread above is over seeds, on the same documents; others differ by more. The same "
+        "students on {wide} further documents."),
     ("objectives", "Objectives", "The first row that distils is the default recipe, `reverse-calm-tidal`."),
     ("TIDAL", "TIDAL", "At matched mean weight, so that an axis is no hidden change of the weight."),
     ("contexts", "Contexts and directions", "By timestep. Reverse CALM has weight 1, since it does not bear the tuned one."),
@@ -74,14 +77,16 @@ SECTIONS = (
 
 def question_table(found: Found, question: str) -> str:
     """One row per cell, with the paired difference to cross-entropy in bits per byte."""
-    columns = {"settings": ON_VALIDATION, "contexts": BY_TIMESTEP}.get(question, COLUMNS)
+    columns = {"settings": LIKELIHOOD_ALONE, "more documents": LIKELIHOOD_ALONE, "contexts": BY_TIMESTEP}.get(
+        question, COLUMNS
+    )
     head = ["student", "seeds", "bits per byte", "− cross-entropy's", *[name for name, _, _ in columns]]
     rows = []
     for first in dict.fromkeys(c for q, c in grid(found.scale) if q == question):
         records = found.records(first, question)
         if not records:
             continue
-        reference = VALIDATED_CROSS_ENTROPY if question == "settings" else CROSS_ENTROPY
+        reference = REFERENCES.get(question, CROSS_ENTROPY)
         difference = found.paired(first, reference, bits, question) if first != reference else []
         row = [first.label, str(len(records)), spread([bits(r) for r in records]), spread(difference, signed=True)]
         rows.append(row + [spread([metric(r) for r in records], digits) for _, metric, digits in columns])
@@ -139,7 +144,7 @@ def write_page(path: Path, found: Found, exact: Exact) -> None:
     sandbox = section(exact)
     parts += [*sandbox[:4], *image("exact-draws"), *sandbox[4:], pair_introduction(found)]
     for question, title, note in SECTIONS:
-        parts.append(f"### {title}\n\n{note}\n")
+        parts.append(f"### {title}\n\n{note.format(wide=found.scale.wide_documents)}\n")
         if question == "offline and online":
             parts += [equivalence(found) + "\n", *image("draws-accuracy")]
         if question == "controls":

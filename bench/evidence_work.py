@@ -110,7 +110,7 @@ class Workshop:
 
     @cached_property
     def corpora(self) -> dict[str, Path]:
-        """JSON Lines files: `train`, `validation`, `test`."""
+        """JSON Lines files: `train`, `validation`, `test`, `wide`."""
         held_out = [raw for raw in open_corpus("stdlib") if raw.held_out]
         shown = {raw.key for raw in islice(open_corpus("stdlib"), DEMO_DOCUMENTS)}
         unseen = [raw for raw in held_out if raw.key not in shown]
@@ -118,6 +118,7 @@ class Workshop:
             "train": list(islice((r for r in open_corpus("stdlib") if not r.held_out), self.scale.documents)),
             "validation": unseen[:VALIDATION_DOCUMENTS],
             "test": unseen[VALIDATION_DOCUMENTS:][: self.scale.test_documents],
+            "wide": unseen[VALIDATION_DOCUMENTS + self.scale.test_documents :][: self.scale.wide_documents],
         }
         return {name: self._write(name, documents) for name, documents in texts.items()}
 
@@ -137,7 +138,7 @@ class Workshop:
         return self.capture(name, self._corpus_of(choice), choice, self.scale.draws)
 
     def measured_on(self, name: str) -> Cache:
-        """The held-out cache `test` or `validation`: two draws per document, by the embedded teacher."""
+        """The held-out cache `test`, `validation` or `wide`: two draws per document, by the embedded teacher."""
         found = self.capture(f"held-out-{name}", self.corpora[name], CacheChoice(k=1), 2)
         return open_cache(found.folder)
 
@@ -249,7 +250,7 @@ class Workshop:
         cache = self.measured_on(documents)
         found = evaluate(checkpoint.student, cache, checkpoint.block_size, device=self.pair.device)
         measured = {"quality": found.to_json(), "bits_per_byte": bound(found)}
-        if documents == "validation":
+        if documents != "test":
             return measured
         return measured | {
             "infilling": infilling(checkpoint, cache, self.scale.infill_documents),
