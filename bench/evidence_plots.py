@@ -47,7 +47,12 @@ def draws_plot(found: Found, metric: Metric, name: str) -> Plot | None:
     online = (float(found.scale.draws), found.paired(events(), CROSS_ENTROPY, metric, OFFLINE))
     curves = []
     for colour, (title, fresh, reuse) in enumerate(
-        (("same again", 0.0, "same"), ("halves again", 0.0, "halves"), ("half fresh rows", 0.5, "same")), 1
+        (
+            ("same again", 0.0, "same"),
+            ("halves again, a quarter fresh", 0.25, "halves"),
+            ("half fresh rows", 0.5, "same"),
+        ),
+        1,
     ):
         points = [
             (float(draws), found.paired(offline(draws, fresh, reuse), CROSS_ENTROPY, metric, OFFLINE))

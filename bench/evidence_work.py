@@ -240,7 +240,9 @@ class Workshop:
         }
         if overrides.get("timestep_weight") == MEASURED and cell.cache.teacher != "tiny":
             # A control has no reliability to be measured, or another: what differs shall be the answers alone.
-            overrides["timestep_weight"] = measured_weights([open_cache(self.cache_of(CacheChoice()))], "compdemo")
+            overrides["timestep_weight"] = measured_weights(
+                [open_cache(self.cache_of(CacheChoice()))], [1.0], "compdemo"
+            )
         config = load_recipe("reverse-calm-tidal", overrides, base_defaults(base))
         return float(train(config, str(cache), base, out, console=Console(quiet=True))["seconds"])
 

@@ -31,7 +31,9 @@ from rich.table import Table
 from torch import Tensor
 
 from shared.cache.statistics import TIMESTEP_BINS, ContextStatistics
+from shared.noise import stream_key
 from stage2_student import objectives, tidal
+from stage2_student.config import VIEWS
 from stage2_student.reliability import reliability
 
 BINS = 5  # of timesteps, in reports
@@ -84,15 +86,20 @@ def train(cell: Cell, run: Run, setting: Setting, corpora: list[Corpus]) -> Stud
     cached = round(run.batch * (1 - cell.fresh))
     by_timestep = (cell.axis, "uniform")
     if cell.axis == "measured":
-        by_timestep = ("training", measured_weights(corpora, cell.context))
+        by_timestep = ("training", measured_weights(corpora, scored_context(cell)))
     for step in range(steps):
-        rows = [batch_rows(seed, run, step, cached, cell.draws) for seed in range(run.seeds)]
+        rows = [batch_rows(seed, run, step, cached, cell.draws, cell.context == "halves") for seed in range(run.seeds)]
         loss = step_loss(cell, setting, students, corpora, rows, step / steps, by_timestep)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
         schedule.step()
     return students
+
+
+def scored_context(cell: Cell) -> str:
+    """Whose scores a cell takes; halves are compdemo's."""
+    return "compdemo" if cell.context == "halves" else cell.context
 
 
 def measured_weights(corpora: list[Corpus], context: str) -> str:
@@ -108,33 +115,36 @@ def measured_weights(corpora: list[Corpus], context: str) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a batch; `use`: how often the stored draw was used before."""
+    """One row of a batch; `view`: 0: all of the draw's chunks are masked, 1: half A of them, 2: half B."""
 
     fresh: bool
     draw: int
     document: int
-    use: int = 0
+    view: int = 0
 
-    def masks(self, corpus: Corpus, halves: bool) -> tuple[Tensor, Tensor]:
-        """(masked_C, timestep); with `halves` a further use masks half A of the draw's chunks, the next half B."""
+    def masks(self, corpus: Corpus) -> tuple[Tensor, Tensor]:
+        """(masked_C, timestep)."""
         at = self.draw, self.document
         if self.fresh:
             return corpus.fresh_KDC[at], corpus.fresh_timestep_KD[at]
-        side = self.use % 3 if halves else 0
-        if side == 0:
+        if self.view == 0:
             return corpus.masked_KDC[at], corpus.timestep_KD[at]
-        shown_C = ~corpus.split_KDC[at] if side == 1 else corpus.split_KDC[at]
-        return corpus.masked_KDC[at] & ~shown_C, corpus.timestep_KD[at] / 2
+        kept_C = corpus.split_KDC[at] if self.view == 1 else ~corpus.split_KDC[at]
+        return corpus.masked_KDC[at] & kept_C, corpus.timestep_KD[at] / 2
 
 
-def batch_rows(seed: int, run: Run, step: int, cached: int, draws: int) -> list[Row]:
-    """The rows of a seed's batch; each stream goes through its own epochs."""
+def batch_rows(seed: int, run: Run, step: int, cached: int, draws: int, halves: bool) -> list[Row]:
+    """The rows of a seed's batch; each stream goes through its own epochs. With `halves` a draw's uses go through its views,
+    from one that is drawn for it (`stage2_student.dataset`).
+    """
     rows: list[Row] = []
     for fresh, count in ((False, cached), (True, run.batch - cached)):
         for place in range(step * count, (step + 1) * count):
             epoch, within = divmod(place, run.documents)
             document = _document_order(seed * 1000 + epoch * 2 + fresh, run.documents)[within]
-            rows.append(Row(True, epoch, document) if fresh else Row(False, epoch % draws, document, epoch // draws))
+            draw = epoch if fresh else epoch % draws
+            first = stream_key(seed, str(document), "view", draw) if halves else 0
+            rows.append(Row(fresh, draw, document, (first + epoch // draws) % VIEWS if halves and not fresh else 0))
     return rows
 
 
@@ -159,7 +169,7 @@ def step_loss(
     """
     token, masked, timestep, chosen = [], [], [], []
     for corpus, batch in zip(corpora, rows, strict=True):
-        masks = [row.masks(corpus, cell.context == "halves") for row in batch]
+        masks = [row.masks(corpus) for row in batch]
         token.append(torch.stack([corpus.token_DL[row.document] for row in batch]))
         masked.append(torch.stack([masked_C for masked_C, _ in masks]))
         timestep.append(torch.stack([t for _, t in masks]))
@@ -180,7 +190,7 @@ def step_loss(
     place = [
         (draw_GB[g][r], document_GB[g][r], c) for g, (r, c) in enumerate(_by_seed(seed_X, row_X, chunk_X, len(rows)))
     ]
-    scores = [corpus.scores["compdemo" if cell.context == "halves" else cell.context] for corpus in corpora]
+    scores = [corpus.scores[scored_context(cell)] for corpus in corpora]
     gold_X = torch.cat([s.gold_KDC[p] for s, p in zip(scores, place, strict=True)])
     timestep_X = timestep_GB[seed_X, row_X]
     strength_X = tidal.strength(progress, timestep_X, cell.axis) if cell.tidal == "interpolate" else None

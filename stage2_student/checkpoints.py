@@ -27,6 +27,7 @@ from stage2_student.model import TrainedFrom, load_metadata
 
 UNFINISHED = ".unfinished"
 KEPT = 2  # checkpoints
+EARLIER = {"reuse": "same"}  # of checkpoints that do not say it
 FREE = (
     "logging_steps",
     "save_steps",
@@ -65,7 +66,8 @@ class Identity:
             TidecacheError: it is not; the message has each field with both values.
         """
         there, now = load_metadata(checkpoint), self.to_json()
-        pairs = [(name, there.get("config", {}).get(name), value) for name, value in now["config"].items()]
+        before = EARLIER | there.get("config", {})
+        pairs = [(name, before.get(name), value) for name, value in now["config"].items()]
         pairs += [(name, there.get(name), now[name]) for name in ("caches", "tokenizer", "processes")]
         changed = [f"{name}: {a!r} there, {b!r} now" for name, a, b in pairs if a != b and name not in FREE]
         if changed:

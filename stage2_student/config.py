@@ -14,7 +14,7 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -33,6 +33,7 @@ MEASURED = "measured"  # of timestep weights: replaced by numbers once the cache
 AUTO = "auto"  # of `fresh` and `reuse`: decided by `automatic_fresh` and `automatic_reuse` once the cache is known
 GPU_WORKERS = 2
 FRESH_AT_MOST = 0.5  # of what `auto` decides (docs/evidence.md)
+FRESH_BESIDE_HALVES = 0.25
 VIEWS = 3  # different rows that a draw gives with `reuse` halves: all of its chunks, half A, half B
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "objective": OBJECTIVES,
@@ -73,8 +74,8 @@ class TrainConfig:
     `reliability`), or numbers by timestep bin with commas between, as `measured` is decided.
     `draws_together` rows, one after the other, are draws of one document, so that they can share its clean half.
     `fresh` is a share of the rows, or `auto`. `reuse`: what a stored draw masks when it is used again: the `same` chunks, or
-    their `halves` in turn, each of which compdemo's teacher scored with the other shown (`Draw.half`); `auto`: `halves` where
-    the recipe distils from compdemo. `block_start`: blocks
+    their `halves` in turn, each of which compdemo's teacher scored with the other shown (`Draw.half`); `auto`: see
+    `automatic_reuse`. `block_start`: blocks
     count from the sequence's first token, as the paper trains, or from the response's, as it samples.
     `min_coverage`: least share of masked chunks that must carry a teacher's score. `lora_rank` 0 trains all weights; else
     adapters of that rank on the modules `lora_targets` (`all-linear`, or names with commas between), scaled by `lora_alpha` /
@@ -164,6 +165,11 @@ class TrainConfig:
             raise TidecacheError(
                 "reuse: halves are what compdemo's teacher scored one by one, so they need an objective that distils and "
                 f"context compdemo, found objective {self.objective} and context {self.context}: pass --reuse same"
+            )
+        if self.reuse == "halves" and self.min_timestep > 0.0:
+            raise TidecacheError(
+                "reuse: a half of a draw has a smaller timestep than the draw, so halves do not keep to min_timestep "
+                f"{self.min_timestep:g}: pass --reuse same, or no --min-timestep"
             )
         if self.tidal == "interpolate" and self.objective == "reverse-kl":
             raise TidecacheError(
@@ -305,19 +311,26 @@ def load_recipe(
     return resolve({**(defaults or {}), **values, **(overrides or {})}, source)
 
 
-def automatic_reuse(config: TrainConfig) -> str:
-    """What `reuse` is where it is `auto`: `halves` where the recipe distils from compdemo (docs/evidence.md)."""
-    return "halves" if config.objective != "none" and config.context == "compdemo" else "same"
+def automatic_reuse(config: TrainConfig, uses: float, mask_laws: Collection[str]) -> str:
+    """What `reuse` is where it is `auto`: `halves` where draws are used again and the teacher scored their halves.
+
+    That is, the recipe distils from compdemo, of caches that mask whole chunks, at all timesteps: a half of a draw has a
+    smaller one than the draw. `uses`: how often a draw is used on average, without fresh rows.
+    """
+    may = config.objective != "none" and config.context == "compdemo" and config.min_timestep == 0.0
+    return "halves" if may and uses > 1.0 and set(mask_laws) == {"chunk"} else "same"
 
 
-def automatic_fresh(draws_per_document: float, epochs: float, reuse: str) -> float:
+def automatic_fresh(uses: float, reuse: str) -> float:
     """The share of fresh rows where `fresh` is `auto`: enough that no row comes twice, but at most half.
 
-    0 where there are as many draws as epochs, or with halves a third as many: a draw gives `VIEWS` different rows then. What
-    reused masks cost lies in cross-entropy for the most part, and fresh masks win it back (docs/evidence.md).
+    0 where each draw is used once. With halves a draw gives `VIEWS` different rows, but two of them have light noise, so that
+    a quarter of the rows is fresh at least. `uses`: how often a draw would be used on average, were no row fresh.
     """
-    rows = draws_per_document * (VIEWS if reuse == "halves" else 1)
-    return round(min(FRESH_AT_MOST, max(0.0, 1.0 - rows / epochs)), 4)
+    if uses <= 1.0:
+        return 0.0
+    rows, least = (VIEWS, FRESH_BESIDE_HALVES) if reuse == "halves" else (1, 0.0)
+    return round(min(FRESH_AT_MOST, max(least, 1.0 - rows / uses)), 4)
 
 
 def require(config: TrainConfig, spec: CaptureSpec, cache: str) -> None:

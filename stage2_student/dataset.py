@@ -17,8 +17,10 @@ from typing import Generic, TypeVar
 import numpy as np
 from torch.utils.data import Dataset, get_worker_info
 
+from shared.cache.records import Draw
 from shared.cache.stream import DocumentStream, DrawStream
 from shared.errors import TidecacheError
+from shared.noise import stream_key
 from stage2_student.config import VIEWS
 from stage2_student.data import Row, RowMaker
 
@@ -28,8 +30,9 @@ T = TypeVar("T")
 class TrainingRows(Dataset[Row]):
     """Rows 0 … count − 1 of a run (see the module). Sequential access is fast; any access is right.
 
-    `makers`: one for each cache of `draws`, in their order. `halves`: of its uses, a stored draw's second masks only half A
-    of its chunks, its third half B, its fourth both again, and so on; with compdemo the teacher has scored just that.
+    `makers`: one for each cache of `draws`, in their order. `halves`: a stored draw masks in turn all of its chunks, half A
+    of them, and half B; which comes first is drawn for each, so that every pass has all three. With compdemo the teacher
+    has scored just that.
     """
 
     def __init__(
@@ -65,11 +68,16 @@ class TrainingRows(Dataset[Row]):
         if stream == "cached":
             cache, draw = self.draws.located(within)
             maker = self.makers[cache]
-            use = self.draws.uses(within) % VIEWS if self.halves else 0
-            return maker.cached_row(draw.half(use == 1, maker.spec.demo_ratio) if use else draw)
+            view = self._view(within, draw) if self.halves else 0
+            return maker.cached_row(draw.half(view == 1, maker.spec.demo_ratio) if view else draw)
         turn, repeat = divmod(within, self.draws.together)
         visit = self.documents[turn]
         return self.makers[visit.cache].fresh_row(visit.stored, visit.times * self.draws.together + repeat)
+
+    def _view(self, within: int, draw: Draw) -> int:
+        """0: all chunks of the draw; 1: half A; 2: half B."""
+        first = stream_key(self.draws.seed, draw.document, "view", draw.draw) % VIEWS
+        return (first + self.draws.uses(within)) % VIEWS
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Row] | list[Failure]:
         """The rows of one batch, as a DataLoader asks for them; within a loader process an error comes as a value."""

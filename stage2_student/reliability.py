@@ -19,7 +19,7 @@ from shared.cache.reader import Cache
 from shared.cache.statistics import TIMESTEP_BINS, ContextStatistics
 from shared.errors import TidecacheError
 
-LEAST = 0.01  # of weights before they are scaled: below, all that differs is chance
+LEAST = 0.05  # of weights before they are scaled: below, all that differs is chance
 
 Array = npt.NDArray[np.float64]
 
@@ -31,7 +31,7 @@ def reliability(statistics: ContextStatistics) -> Array:
     best filling, 0 where the cache has no topk lane. Bins without draws take what lies between their neighbours'.
 
     Raises:
-        TidecacheError: no bin is better than the noisiest one, by a hundredth at least.
+        TidecacheError: no bin is better than the noisiest one, by a twentieth at least.
     """
     there_B = statistics.tokens_B > 0
     if there_B.any():
@@ -47,20 +47,13 @@ def reliability(statistics: ContextStatistics) -> Array:
     )
 
 
-def measured_weights(caches: Sequence[Cache], context: str) -> str:
-    """The weights by bin, as `TrainConfig.timestep_weight` takes them; several caches' sums are added up.
+def measured_weights(caches: Sequence[Cache], shares: Sequence[float], context: str) -> str:
+    """The weights by bin, as `TrainConfig.timestep_weight` takes them: the mean over the caches by their shares of the rows.
 
     Raises:
         TidecacheError: a footer is damaged, or as `reliability` says.
     """
-    total = ContextStatistics.zero(1)
-    for cache in caches:
-        found = inspect_cache(str(cache.path), sample=0).statistics[context]
-        # Only what does not depend on the temperatures, which caches may differ in.
-        total = total + ContextStatistics(
-            **{
-                name: getattr(found, name)[:, :1] if name.endswith("BT") else getattr(found, name)
-                for name in vars(found)
-            }
-        )
-    return ",".join(f"{weight:.4g}" for weight in reliability(total))
+    weight_B = np.zeros(TIMESTEP_BINS)
+    for cache, share in zip(caches, shares, strict=True):
+        weight_B += share * reliability(inspect_cache(str(cache.path), sample=0).statistics[context])
+    return ",".join(f"{weight:.4g}" for weight in weight_B / weight_B.max())

@@ -35,7 +35,6 @@ from stage2_student.config import (
     AUTO,
     MEASURED,
     TIMESTEP_WEIGHTS,
-    VIEWS,
     TrainConfig,
     automatic_fresh,
     automatic_reuse,
@@ -105,8 +104,10 @@ class Plan:
                 ("draws", f"{per_document}, each used {cache.uses:.3g} times on average"),
             ]
         tokenizers = " and ".join(dict.fromkeys(cache.tokenizer for cache in self.caches))
-        if config.reuse == "halves" and any(cache.uses > 1 for cache in self.caches):
-            rows.append(("used again", "a draw masks one half of its chunks, then the other, with the rest shown"))
+        if config.reuse == "halves":
+            rows.append(
+                ("rows of a draw", "all of its masked chunks, one half of them, the other, with the rest shown")
+            )
         rows += [
             ("objective", objective if distills else "cross-entropy only"),
             ("student tokenizer", f"{tokenizers}: {self.coverage:.1%} of the masked chunks carry a teacher's score"),
@@ -171,20 +172,21 @@ def prepare(
         context=config.context if distills else None,
         topk=config.uses_events,
     )
-    documents, stored = (sum(counts) for counts in zip(*((i.documents, i.draws) for i in draws.indexes), strict=True))
+    documents = sum(index.documents for index in draws.indexes)
     batch_rows = config.batch * config.accumulation * ranks
     steps = config.steps or max(1, math.ceil(config.epochs * documents / batch_rows))
     automatic = config.fresh == AUTO
+    shares = zip(draws.mixture.shares, draws.indexes, strict=True)
+    uses = max(share * steps * batch_rows / index.draws for share, index in shares)  # of a draw, were no row fresh
     if config.reuse == AUTO:
-        config = dataclasses.replace(config, reuse=automatic_reuse(config))
+        laws = {cache.spec.mask_law for cache in opened}
+        config = dataclasses.replace(config, reuse=automatic_reuse(config, uses, laws))
     if automatic:
-        share = automatic_fresh(stored / documents, steps * batch_rows / documents, config.reuse)
-        config = dataclasses.replace(config, fresh=share)
+        config = dataclasses.replace(config, fresh=automatic_fresh(uses, config.reuse))
     if config.timestep_weight == MEASURED:
         used = distills and config.tidal != "none"
-        config = dataclasses.replace(
-            config, timestep_weight=measured_weights(opened, config.context) if used else "uniform"
-        )
+        weights = measured_weights(opened, draws.mixture.shares, config.context) if used else "uniform"
+        config = dataclasses.replace(config, timestep_weight=weights)
     makers = [
         RowMaker(
             student.text,
@@ -234,16 +236,15 @@ def _plan(config: TrainConfig, rows: TrainingRows, steps: int, student: Student)
         if config.tidal == "none":
             return 1.0
         mean = 0.0
-        for cache, plan, index in zip(draws.caches, caches, draws.indexes, strict=True):
-            for scale, part in _uses(config, cache.spec, plan.uses):
-                timestep_R = scale * torch.from_numpy(index.timestep_R).double()
-                if config.tidal == "interpolate":
-                    weight_R = tidal.strength(progress, timestep_R, config.tidal_axis, *schedule)
-                else:
-                    weight_R = tidal.sample_weight(
-                        progress, timestep_R, config.tidal_axis, config.timestep_weight, *schedule
-                    )
-                mean += plan.share * part * float(weight_R.mean())
+        for share, index in zip(draws.mixture.shares, draws.indexes, strict=True):
+            timestep_R = torch.from_numpy(index.timestep_R).double()
+            if config.tidal == "interpolate":
+                weight_R = tidal.strength(progress, timestep_R, config.tidal_axis, *schedule)
+            else:
+                weight_R = tidal.sample_weight(
+                    progress, timestep_R, config.tidal_axis, config.timestep_weight, *schedule
+                )
+            mean += share * float(weight_R.mean())
         return mean
 
     return Plan(
@@ -257,14 +258,6 @@ def _plan(config: TrainConfig, rows: TrainingRows, steps: int, student: Student)
         tokens=round(mean_length * len(rows)),
         without_tail=tuple(str(c.path) for c in draws.caches if misses_tail(config, c.spec, student.text.digest)),
     )
-
-
-def _uses(config: TrainConfig, spec: CaptureSpec, uses: float) -> list[tuple[float, float]]:
-    """(scale of its timestep, share of the rows) of a draw's uses: halves have less masked."""
-    if config.reuse == "same" or uses <= 1.0:
-        return [(1.0, 1.0)]
-    scales = (1.0, spec.demo_ratio, 1.0 - spec.demo_ratio)
-    return [(scales[use % VIEWS], min(1.0, uses - use) / uses) for use in range(math.ceil(uses))]
 
 
 def misses_tail(config: TrainConfig, spec: CaptureSpec, tokenizer: str) -> bool:

@@ -150,6 +150,7 @@ class StoredDocument:
 @dataclass(frozen=True)
 class Draw:
     """One stored draw. `chunks`: the M masked chunks' numbers; `split`: True = A (shown in pass 1, scored in pass 2).
+    `share`: 1, or the share of its masked chunks that a `half` keeps.
 
     `gold_logp` and `candidates` are those of `context`, the one that the reader was asked for.
     """
@@ -163,6 +164,7 @@ class Draw:
     scores: Mapping[str, ContextScores]
     context: str
     vocabulary: TeacherVocabulary
+    share: float = 1.0
 
     @cached_property
     def masked_C(self) -> BoolArray:
@@ -200,9 +202,9 @@ class Draw:
     def half(self, side: bool, demo_ratio: float) -> Draw:
         """The draw as compdemo's teacher saw it when it scored one half: the other half is shown, and no longer masked.
 
-        `side`: True keeps A masked. Its timestep is t times the half's share of the masked chunks, `demo_ratio` for A, which
-        is the probability that a chunk is masked in it. It has the scores of compdemo alone: those of other contexts were
-        given with more masked.
+        `side`: True keeps A masked. Its timestep is t times the half's share of the masked chunks, `demo_ratio` for A: under
+        the mask law `chunk` the probability that a chunk is masked in it. It has the scores of compdemo alone: those of other
+        contexts were given with more masked.
 
         Raises:
             KeyError: it was read without them.
@@ -212,6 +214,7 @@ class Draw:
         return replace(
             self,
             timestep=float(np.float32(self.timestep * share)),
+            share=share,
             chunks=self.chunks[kept_M],
             split=self.split[kept_M],
             scores={"compdemo": self.scores["compdemo"].of_chunks(kept_M, self.token_count_M)},

@@ -96,8 +96,8 @@ def test_halves_are_the_parts_that_compdemo_scored_with_the_rest_shown() -> None
     setting, run = SETTINGS["same"], exact_corpus.Run(seeds=1, documents=4, held_out=2, epochs=2)
     corpus = exact_corpus.make_corpus(setting, run, 0)
     source = Source.random(run.states, setting.symbols, 0)
-    for use, share in ((0, 1.0), (1, 0.5), (2, 0.5), (3, 1.0)):
-        masked_C, t = exact.Row(False, 1, 2, use).masks(corpus, halves=True)
+    for view, share in ((0, 1.0), (1, 0.5), (2, 0.5)):
+        masked_C, t = exact.Row(False, 1, 2, view).masks(corpus)
         assert float(t) == pytest.approx(share * float(corpus.timestep_KD[1, 2]))
         if share == 1.0:
             assert torch.equal(masked_C, corpus.masked_KDC[1, 2])
@@ -106,5 +106,14 @@ def test_halves_are_the_parts_that_compdemo_scored_with_the_rest_shown() -> None
         scores = exact_corpus.score(source, setting, corpus.token_DL[2:3], masked_C[None], masked_C[None])
         assert masked_C.any()
         torch.testing.assert_close(scores[0][0][masked_C], corpus.scores["compdemo"].gold_KDC[1, 2][masked_C])
-    masked_C, _ = exact.Row(False, 1, 2, 1).masks(corpus, halves=False)
-    assert torch.equal(masked_C, corpus.masked_KDC[1, 2])
+
+
+def test_uses_of_a_draw_go_through_its_views() -> None:
+    run = exact_corpus.Run(seeds=1, documents=32, epochs=6, batch=8)
+    views: dict[tuple[int, int], list[int]] = {}
+    for step in range(run.epochs * run.documents // run.batch):
+        for row in exact.batch_rows(0, run, step, run.batch, draws=2, halves=True):
+            views.setdefault((row.document, row.draw), []).append(row.view)
+        assert {row.view for row in exact.batch_rows(0, run, step, run.batch, draws=2, halves=False)} == {0}
+    assert all(sorted(found) == [0, 1, 2] for found in views.values())
+    assert {found[0] for found in views.values()} == {0, 1, 2}

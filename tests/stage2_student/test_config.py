@@ -71,27 +71,27 @@ def test_the_papers_variants_are_as_released(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("draws", "epochs", "reuse", "share"),
+    ("uses", "reuse", "share"),
     [
-        (4, 3.0, "same", 0.0), (3, 3.0, "same", 0.0), (2, 3.0, "same", 0.3333), (2, 10.0, "same", 0.5), (1, 3.0, "same", 0.5),
-        (1, 3.0, "halves", 0.0), (2, 10.0, "halves", 0.4), (1, 10.0, "halves", 0.5),
+        (0.75, "same", 0.0), (1.0, "same", 0.0), (1.5, "same", 0.3333), (5.0, "same", 0.5), (3.0, "same", 0.5),
+        (1.0, "halves", 0.0), (3.0, "halves", 0.25), (5.0, "halves", 0.4), (10.0, "halves", 0.5),
     ],
 )  # fmt: skip
-def test_fresh_rows_are_on_where_draws_are_fewer_than_epochs(
-    draws: int, epochs: float, reuse: str, share: float
-) -> None:
-    assert automatic_fresh(draws, epochs, reuse) == share
-    cached_rows = epochs * (1.0 - share)
+def test_fresh_rows_are_on_where_draws_are_fewer_than_epochs(uses: float, reuse: str, share: float) -> None:
+    assert automatic_fresh(uses, reuse) == share
     views = 3 if reuse == "halves" else 1
-    assert cached_rows <= views * draws + 1e-3 or share == 0.5  # no row twice, unless that would take more than half
+    assert uses * (1.0 - share) <= views + 1e-3 or share == 0.5  # no row twice, unless that would take more than half
 
 
 def test_draws_are_used_again_by_halves_where_compdemo_is_distilled() -> None:
     for recipe, expected in (("reverse-calm-tidal", "halves"), ("events", "halves"), ("calm", "same"), ("kl", "same")):
         config = load_recipe(recipe)
         assert config.reuse == "auto"
-        assert automatic_reuse(config) == expected
-    assert automatic_reuse(load_recipe("cross-entropy")) == "same"
+        assert automatic_reuse(config, 2.0, ["chunk"]) == expected
+        assert automatic_reuse(config, 1.0, ["chunk"]) == "same"
+        assert automatic_reuse(config, 2.0, ["chunk", "token"]) == "same"
+        assert automatic_reuse(dataclasses.replace(config, min_timestep=0.1), 2.0, ["chunk"]) == "same"
+    assert automatic_reuse(load_recipe("cross-entropy"), 2.0, ["chunk"]) == "same"
     for recipe in ("tide-shared", "tide-shared-x"):  # the paper's
         assert load_recipe(recipe).reuse == "same"
 

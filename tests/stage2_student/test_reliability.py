@@ -15,6 +15,7 @@ from shared.cache.statistics import ContextStatistics
 from shared.errors import TidecacheError
 from stage2_student import commands
 from stage2_student.reliability import measured_weights, reliability
+from tests.stage2_student import synthetic
 
 
 def statistics(nll_B: list[float | None], error_B: list[float] | None = None) -> ContextStatistics:
@@ -69,8 +70,11 @@ def test_a_run_takes_them_from_its_cache(cache: Cache, student_folder: Path, tmp
     assert expected.replace(",", ", ")[:20] in result.output
 
 
-def test_several_caches_are_added_up(cache: Cache) -> None:
+def test_several_caches_count_by_their_shares(cache: Cache, tmp_path: Path) -> None:
     """Also where they hold other temperatures."""
-    once = measured_weights([cache], "compdemo")
-    assert measured_weights([cache, cache], "compdemo") == once
-    assert measured_weights([cache], "plain") != once
+    other = synthetic.make_cache(tmp_path / "other", synthetic.texts(6, skip=20), draws=4, temperatures=(1.0, 3.0))
+    mine, its = (reliability(inspect_cache(c.path, sample=0).statistics["compdemo"]) for c in (cache, other))
+    assert not np.allclose(mine, its)
+    found = [float(weight) for weight in measured_weights([cache, other], [0.75, 0.25], "compdemo").split(",")]
+    expected = 0.75 * mine + 0.25 * its
+    np.testing.assert_allclose(found, expected / expected.max(), atol=1e-3)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from shared.cache.reader import Cache
 from shared.cache.stream import DrawStream
 from shared.errors import TidecacheError
 from shared.tokenization import TextTokenizer
+from stage2_student import losses
+from stage2_student.batch import Collator
 from stage2_student.config import load_recipe
 from stage2_student.data import Row, RowMaker
 from stage2_student.dataset import TrainingRows
@@ -66,8 +69,8 @@ def scores_of(row: Row) -> dict[int, float]:
     return dict(zip(row.token_first_Q.tolist(), row.teacher_logp_Q.tolist(), strict=True))
 
 
-def test_uses_go_through_both_halves(cache: Cache, tokenizer: TextTokenizer) -> None:
-    """All, A, B, all: masks are parts of the stored ones, and every score is that of the stored draw."""
+def test_uses_go_through_all_and_both_halves(cache: Cache, tokenizer: TextTokenizer) -> None:
+    """Masks are parts of the stored ones, every score is that of the stored draw, and each pass has all three views."""
     rows = rows_of(cache, tokenizer, halves=True)
     same = rows_of(cache, tokenizer, halves=False)
     by_draw: dict[tuple[str, int], list[Row]] = {}
@@ -77,16 +80,54 @@ def test_uses_go_through_both_halves(cache: Cache, tokenizer: TextTokenizer) -> 
         assert (row.document, row.draw) == (whole.document, whole.draw)
         assert not (row.masked_L & ~whole.masked_L).any()
         assert scores_of(row).items() <= scores_of(whole).items()
-    for first, a, b, again in by_draw.values():
-        assert scores_of(first) == scores_of(again) == scores_of(a) | scores_of(b)
-        assert not scores_of(a).keys() & scores_of(b).keys()
+    assert {round(first.share, 3) for first, *_ in by_draw.values()} == {0.5, 1.0}
+    for first, *between, again in by_draw.values():
+        assert first.share == again.share
         np.testing.assert_array_equal(first.masked_L, again.masked_L)
-        assert (a.timestep, b.timestep) == pytest.approx((first.timestep / 2, first.timestep / 2))
-        assert first.events is not None
+        whole, *halves = sorted([first, *between], key=lambda row: -row.share)
+        assert [row.share for row in halves] == [0.5, 0.5]
+        a, b = halves
+        assert scores_of(whole) == scores_of(a) | scores_of(b)
+        assert not scores_of(a).keys() & scores_of(b).keys()
+        assert (a.timestep, b.timestep) == pytest.approx((whole.timestep / 2, whole.timestep / 2))
+        assert whole.events is not None
         assert a.events is not None
         assert b.events is not None
-        assert len(first.events.chunk_E) == len(a.events.chunk_E) + len(b.events.chunk_E)
-        np.testing.assert_array_equal((a.masked_L | b.masked_L)[whole_chunks(first)], True)
+        assert len(whole.events.chunk_E) == len(a.events.chunk_E) + len(b.events.chunk_E)
+        np.testing.assert_array_equal((a.masked_L | b.masked_L)[whole_chunks(whole)], True)
+
+
+def test_a_half_is_distilled_as_strongly_as_its_draw(cache: Cache, tokenizer: TextTokenizer) -> None:
+    """TIDAL goes by the stored timestep, cross-entropy by that of the row."""
+    maker = RowMaker(tokenizer, cache.spec, 32, "compdemo")
+    draw = max(cache.iter_draws(context="compdemo"), key=lambda draw: len(draw.chunks))
+    rows = [maker.cached_row(part) for part in (draw, draw.half(True, 0.5), draw.half(False, 0.5))]
+    batch = Collator(1, 0)(rows)
+    torch.testing.assert_close(batch.drawn_timestep_B, torch.full((3,), draw.timestep))
+    torch.testing.assert_close(batch.timestep_B, draw.timestep * torch.tensor([1.0, 0.5, 0.5]))
+    config = load_recipe("reverse-calm-tidal")
+    _, weight_C = losses._tidal(batch, config, 0.5)
+    assert weight_C.min() == weight_C.max()
+    assert set(batch.sample_C.tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("together", [2, 3])
+def test_groups_and_mixtures_go_through_their_views(cache: Cache, tokenizer: TextTokenizer, together: int) -> None:
+    """Whatever the order, n uses of a draw are n views of the cycle, and a row is a function of its number alone."""
+    draws = DrawStream([cache, cache], [2, 1], seed=1, together=together, context="compdemo")
+    maker = RowMaker(tokenizer, cache.spec, 32, "compdemo")
+    count = 12 * draws.indexes[0].draws
+    rows = TrainingRows(draws, [maker, maker], 0.0, count, halves=True)
+    views: dict[tuple[int, str, int], list[tuple[float, int]]] = {}
+    for number in range(count):
+        row = rows[number]
+        at = draws.located(number)[0], row.document, row.draw
+        views.setdefault(at, []).append((row.share, int(row.masked_L.sum())))
+    for found in views.values():
+        assert all(a == b for a, b in zip(found, found[3:], strict=False))
+        assert len(found) >= 3
+        assert sorted(share for share, _ in found[:3]) == [0.5, 0.5, 1.0]
+    np.testing.assert_array_equal(rows[count // 2].masked_L, rows[count // 2].masked_L)
 
 
 def whole_chunks(row: Row) -> np.ndarray:
@@ -95,13 +136,14 @@ def whole_chunks(row: Row) -> np.ndarray:
     return np.array([token for first, stop in spans for token in range(first, stop)], np.int64)
 
 
-def test_fresh_rows_and_first_uses_stay_as_they_are(cache: Cache, tokenizer: TextTokenizer) -> None:
+def test_fresh_rows_stay_as_they_are(cache: Cache, tokenizer: TextTokenizer) -> None:
     rows = rows_of(cache, tokenizer, halves=True, fresh=0.5)
     same = rows_of(cache, tokenizer, halves=False, fresh=0.5)
-    draws = rows.draws.indexes[0].draws
-    for number in range(2 * draws):  # each draw once
+    fresh = [n for n in range(len(rows)) if same[n].fresh]
+    assert len(fresh) == len(rows) // 2
+    for number in fresh:
         np.testing.assert_array_equal(rows[number].masked_L, same[number].masked_L)
-    assert all(rows[n].timestep == same[n].timestep for n in range(len(rows)) if rows[n].fresh)
+        assert (rows[number].timestep, rows[number].share) == (same[number].timestep, 1.0)
 
 
 def test_halves_need_compdemo() -> None:
@@ -109,3 +151,5 @@ def test_halves_need_compdemo() -> None:
     for overrides in ({"context": "plain"}, {"objective": "none"}):
         with pytest.raises(TidecacheError, match=r"reuse: halves are what compdemo's teacher scored.*--reuse same"):
             load_recipe("events", {"reuse": "halves", **overrides})
+    with pytest.raises(TidecacheError, match=r"halves do not keep to min_timestep 0\.5"):
+        load_recipe("events", {"reuse": "halves", "min_timestep": 0.5})

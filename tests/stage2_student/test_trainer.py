@@ -128,7 +128,7 @@ def test_a_checkpoint_is_a_plain_folder(cache: Cache, student_folder: Path, tmp_
     assert AutoTokenizer.from_pretrained(out).mask_token == "<|mask|>"
     metadata = json.loads((out / "tidecache.json").read_text())
     assert metadata["block_size"] == 16
-    assert resolve(metadata["config"], "saved") == dataclasses.replace(config, fresh=0.0, reuse="halves")
+    assert resolve(metadata["config"], "saved") == dataclasses.replace(config, fresh=0.0, reuse="same")
     identity = {"fingerprint": cache.spec.fingerprint, "content": cache.manifest.content, "weight": 1.0}
     assert metadata["caches"] == [identity]
     before, after = load_file(student_folder / "model.safetensors"), load_file(out / "model.safetensors")
@@ -274,9 +274,9 @@ def test_a_dry_run_writes_nothing_and_says_what_would_happen(
     for said in (
         cache.spec.fingerprint,
         "declared: 100.0% of the masked chunks",
-        "3 per document, each used 2 times on average",
-        "a draw masks one half of its chunks, then the other",
-        "0% of each batch, cross-entropy only (automatic",
+        "3 per document, each used 1.5 times on average",
+        "all of its masked chunks, one half of them, the other",
+        "25% of each batch, cross-entropy only (automatic",
         "72 in 18 steps (6 epochs)",
         "first batch: loss",
     ):
