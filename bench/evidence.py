@@ -64,7 +64,7 @@ def main() -> None:
             highlight=False,
         )
     else:
-        if "costs" not in results.cells and (not options.question or "costs" in options.question):
+        if "costs" not in Results(results.path).cells and (not options.question or "costs" in options.question):
             results.add("costs", {"scale": scale.name, **costs_of(work.folder, scale.name)})
     if results.path == FULL_RESULTS and options.page is None:
         write_kept()

@@ -1,14 +1,15 @@
 """What a cache costs beside the teacher in the loop, for `bench/evidence.py`: seconds, bytes and peak memory.
 
-Every figure comes from a process of its own (this file as a script), so that its peak memory is its own. *Online* loads
-the teacher, trains as from a cache, and then scores the masks that the training used: the work of a teacher in the loop,
-without what a loop would add.
+Every figure comes from a process of its own (this file as a script) with one thread, so that its peak memory is its own;
+caches to train from are made before, in another. *Online* loads the teacher, trains as from a cache, and then scores the
+masks that the training used: the work of a teacher in the loop, without what a loop would add.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -32,10 +33,13 @@ def costs_of(folder: Path, scale: str) -> dict[str, Any]:
 
     def child(*what: str) -> dict[str, Any]:
         command = [sys.executable, __file__, "--out", str(folder), "--scale", scale, *what]
-        found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         result: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
         return result
 
+    child("train", "prepare")
     draws = [*CAPTURED, SCALES[scale].draws]
     return {
         "captures": {str(count): child("capture", str(count)) for count in draws},
@@ -43,21 +47,22 @@ def costs_of(folder: Path, scale: str) -> dict[str, Any]:
     }
 
 
-def captured(work: Workshop, draws: int) -> dict[str, Any]:
+def captured(work: Workshop, draws: int, name: str = "costs") -> dict[str, Any]:
     """Capture the training texts in the recipe's context alone."""
-    took = work.capture(f"costs-{draws}", work.corpora["train"], CacheChoice(k=K), draws, "compdemo")
+    took = work.capture(f"{name}-{draws}", work.corpora["train"], CacheChoice(k=K), draws, "compdemo")
     return {"seconds": took.seconds, "bytes": took.bytes, "teacher_seconds": took.teacher_seconds}
 
 
 def trained(work: Workshop, kind: str) -> dict[str, Any]:
-    """Train one student; `online` with the teacher in memory, and its time added."""
+    """Train one student; `online` with the teacher in memory, and its time added; `prepare`: only make the cache."""
     cell: Cell = CROSS_ENTROPY if kind == "cross-entropy" else events()
-    work.cache_of(cell.cache)
+    if kind == "prepare":
+        return {"cache": str(work.cache_of(cell.cache))}
     if kind != "online":
         return {"seconds": work.train(cell)}
     teacher, _ = Draft.of(CaptureOptions(teacher=Pair().teacher, corpus=str(work.corpora["train"]), limit=1)).load()
     alone = work.train(cell)
-    teacher_seconds = captured(work, work.scale.draws)["teacher_seconds"]
+    teacher_seconds = captured(work, work.scale.draws, "online")["teacher_seconds"]
     return {"seconds": alone + teacher_seconds, "teacher_seconds": teacher_seconds, "teacher": teacher.name}
 
 
@@ -72,8 +77,16 @@ def main() -> None:
     begin = time.monotonic()
     work = Workshop(options.out, SCALES[options.scale], Console(stderr=True))
     found = captured(work, int(options.which)) if options.what == "capture" else trained(work, options.which)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({**found, "peak_mb": peak, "process_seconds": time.monotonic() - begin}))
+    print(json.dumps({**found, "peak_mb": peak_mb(), "process_seconds": time.monotonic() - begin}))
+
+
+def peak_mb() -> float:
+    """Of this process since it began; `ru_maxrss` would begin with its parent's on Linux."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
 
 
 if __name__ == "__main__":

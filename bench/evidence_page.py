@@ -1,6 +1,6 @@
 """`docs/evidence.md` and its plots from the result lines of `bench/evidence.py` and `bench/exact.py`, and nothing else.
 
-Each figure is a mean over seeds ± twice its standard error; differences are paired by seed. What the page says in words
+Each figure is a mean over seeds ± half of its 95 % interval; differences are paired by seed. What the page says in words
 about equivalence and gains is decided by rules that are stated on it (`evidence_claims`), not by hand.
 """
 
@@ -41,10 +41,11 @@ BY_TIMESTEP: tuple[tuple[str, Metric, int], ...] = tuple(
 INTRODUCTION = """# Evidence
 
 What offline distillation costs and what it gains: in a sandbox whose teacher is exactly known, and with the embedded pair on
-Python's standard library. Written by `{command}` from `{results}` and `exact.jsonl` beside it; nothing on this page is typed by hand.
-Figures are means over seeds ± twice the standard error, differences are paired by seed, and *tuned* means {tuned}, as chosen on
-documents of their own (*Settings*, at the end). A pair of 1.7M parameters and 0.1 MB of text is a small world: read the directions,
-not the sizes.
+Python's standard library. Written by `{command}` from `{results}` and `exact.jsonl` beside it; no figure or verdict on
+this page is typed by hand. Figures are means over seeds ± half of their 95 % interval (Student's t), differences are paired by
+seed, and *tuned* means {tuned}, as chosen on
+documents of their own (*Settings*, at the end). A pair of 1.7M parameters and 0.1 MB of text is a small world: read the
+directions, not the sizes.
 
 ## In short
 """
@@ -65,8 +66,9 @@ SECTIONS = (
     ("more documents", "On more documents", "The spread above is over seeds, on the same documents; others differ by more. The same "
         "students on {wide} further documents."),
     ("objectives", "Objectives", "The first row that distils is the default recipe, `reverse-calm-tidal`."),
-    ("TIDAL", "TIDAL", "At matched mean weight, so that an axis is no hidden change of the weight."),
-    ("contexts", "Contexts and directions", "By timestep. Reverse CALM has weight 1, since it does not bear the tuned one."),
+    ("TIDAL", "TIDAL", "At matched mean weight over timesteps. Heavy noise has more chunks, so per chunk an axis that favours light noise "
+        "weighs less: 20 on the timestep's axis is 12 per chunk, 18 without an axis is 18."),
+    ("contexts", "Contexts and directions", "By timestep. Reverse CALM with weight 1, the others tuned."),
     ("candidates", "Candidates per chunk", "Event KL, tuned; `k` fillings of each chunk are stored."),
     ("mask laws", "Mask laws", "Whole chunks are masked with probability t, or those with a masked token."),
     ("tokenizers", "Declared student tokenizers", "More declared tokenizers make longer chunks. `declared=False`: the cache "

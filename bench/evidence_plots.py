@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from evidence_cells import BEST, CROSS_ENTROPY, CacheChoice, cell, events, in_context, offline
 from evidence_found import Found, Metric, accuracy, bits, bits_in, infilled
-from evidence_results import twice_error
+from evidence_results import half_width
 from exact_cells import Cell as ExactCell
 from exact_page import Exact
 
@@ -23,8 +23,8 @@ def standalone(plot: Plot) -> str:
 
 
 def curve(name: str, points: list[tuple[float, list[float]]], colour: int, dashed: bool = False) -> Curve:
-    """A line through means, shaded by twice the standard error; `points`: (x, one value per seed)."""
-    found = [(x, statistics.mean(values), twice_error(values)) for x, values in points if values]
+    """A line through means, shaded by its 95 % interval; `points`: (x, one value per seed)."""
+    found = [(x, statistics.mean(values), half_width(values)) for x, values in points if values]
     return Curve(
         name,
         [x for x, _, _ in found],

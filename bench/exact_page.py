@@ -14,9 +14,9 @@ from exact_corpus import Run
 NOTES = {
     "draws and fresh rows": "16 epochs; 16 draws use each once, as the teacher in the loop would.",
     "objectives": "*With entropy*: with the term that Reverse CALM leaves out of the reverse KL of \"the gold or something else\".",
-    "weight of distillation": "Reverse CALM alone has no minimum at the teacher: its loss falls as long as a likelihood below "
-        "one half falls, so more of it does harm; the entropy term or another direction mends that.",
-    "TIDAL": "At matched mean weight, so that an axis is no hidden change of the weight. `measured`: by training progress and "
+    "weight of distillation": "Reverse CALM alone has no minimum at the teacher: where the teacher's likelihood is below one half, "
+        "its loss falls with the student's.",
+    "TIDAL": "At matched mean weight over timesteps. `measured`: by training progress and "
         "the teacher's reliability (`--timestep-weight measured`).",
 }  # fmt: skip
 

@@ -115,10 +115,12 @@ def test_equivalence_follows_its_rule(tmp_path: Path, offset: float, noise: floa
 
 
 def test_no_verdict_on_few_seeds() -> None:
-    assert evidence_claims.equivalent([0.0, 0.0], 0.1, -1) == "too few seeds"
+    assert evidence_claims.equivalent([0.0, 0.0], [1.0, 1.0], -1) == "too few seeds"
+    assert evidence_claims.equivalent([0.0, 0.0, 0.0], [0.1, -0.1, 0.0], -1) == "no gain to keep"
     assert evidence_claims.won([-1.0, -1.0], -1) == "too few seeds"
     assert evidence_claims.won([-1.0, -1.1, -0.9], -1) == "better"
     assert evidence_claims.won([1.0, 1.1, 0.9], -1) == "worse"
+    assert evidence_claims.won([-0.2, -1.1, -0.9], -1) == "within the spread"  # 0.73 ± 1.18 by Student's t
     assert evidence_claims.won([-1.0, 1.1, 0.2], -1) == "within the spread"
 
 
@@ -134,6 +136,35 @@ def test_the_page_is_what_the_kept_results_say(tmp_path: Path) -> None:
     for path in plots:
         assert path.read_text() == (tmp_path / "evidence" / path.name).read_text()
     assert (tmp_path / "README.md").read_text() == (root / "README.md").read_text()
+
+
+def test_what_is_said_in_short_follows_the_results(tmp_path: Path) -> None:
+    """A loss is called one, and of what was not measured nothing is said."""
+    scale = dataclasses.replace(TEST, seeds=3)
+    results = Results(tmp_path / "results.jsonl")
+    found = Found(scale, results)
+
+    def put(cell: Cell, bits: float) -> None:
+        for seed in range(scale.seeds):
+            results.add(dataclasses.replace(cell, seed=seed).digest(scale), record(bits + 1e-4 * seed))
+
+    put(CROSS_ENTROPY, 2.0)
+    assert evidence_claims.in_short(found) == []
+    put(events(), 2.1)
+    said = " ".join(evidence_claims.in_short(found))
+    assert "event KL loses against cross-entropy (+0.1000 ± 0.0000)" in said
+    assert "worse: cross-entropy, equal steps" in said
+    assert "teacher in the loop" not in said
+    put(offline(2, 0.25, "halves"), 2.1)
+    assert "2 draws, 25% fresh, halves: no gain to keep" in " ".join(evidence_claims.in_short(found))
+    put(events(), 1.9)
+    said = " ".join(evidence_claims.in_short(found))
+    assert "event KL gains over cross-entropy (-0.1000 ± 0.0000)" in said
+    assert "2 draws, 25% fresh, halves: worse" in said
+    results.add("base", {**record(2.2), "teacher": {}})
+    table = evidence_claims.front_table(found)
+    assert "| base | 2.2000 |" in table
+    assert "| cross-entropy | 2.0001 ± 0.0002 |" in table
 
 
 def test_functions_are_cut_where_they_end() -> None:
