@@ -64,6 +64,7 @@ def train(
     objective: Annotated[str | None, typer.Option(help="none, calm, reverse-calm, kl or reverse-kl.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Distillation temperature.")] = None,
     distill_weight: Annotated[float | None, typer.Option(help="Weight of distillation beside cross-entropy.")] = None,
+    gold_share: Annotated[float | None, typer.Option(help="Share of the gold in the target of KL.")] = None,
     context: Annotated[str | None, typer.Option(help="compdemo or plain.")] = None,
     tidal: Annotated[str | None, typer.Option(help="none, interpolate or weight.")] = None,
     tidal_axis: Annotated[str | None, typer.Option(help="both, training or timestep.")] = None,

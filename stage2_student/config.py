@@ -70,6 +70,7 @@ class TrainConfig:
     `save_steps` 0 writes the result alone.
 
     A row is one (document, draw); an epoch takes as many rows as there are documents. `warmup` is a share of all steps.
+    `gold_share` of the target of KL is the gold, the rest the teacher's distribution.
     `timestep_weight`: `uniform`, `midrange`, `measured` (from how good the teacher is by timestep, which the cache says:
     `reliability`), or numbers by timestep bin with commas between, as `measured` is decided.
     `draws_together` rows, one after the other, are draws of one document, so that they can share its clean half.
@@ -88,6 +89,7 @@ class TrainConfig:
     objective: str = "reverse-calm"
     temperature: float = 1.0
     distill_weight: float = 1.0
+    gold_share: float = 0.0
     context: str = "compdemo"
     tidal: str = "weight"
     tidal_axis: str = "both"
@@ -160,6 +162,13 @@ class TrainConfig:
             raise TidecacheError(
                 f"draws_together: a batch holds whole groups of {self.draws_together} rows, found batch {self.batch}: "
                 f"pass --batch with a multiple of it"
+            )
+        if not 0.0 <= self.gold_share < 1.0:
+            raise TidecacheError(f"gold_share: expected a number from 0 to below 1, found {self.gold_share}")
+        if self.gold_share and not self.uses_events:
+            raise TidecacheError(
+                f"gold_share: mixes the gold into the target of kl and reverse-kl, found objective {self.objective}: pass "
+                "--gold-share 0"
             )
         if self.reuse == "halves" and (self.context != "compdemo" or self.objective == "none"):
             raise TidecacheError(

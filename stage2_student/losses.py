@@ -9,6 +9,7 @@ Shape suffixes as in `batch`; D hidden size, T temperatures.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -135,11 +136,18 @@ def _calm_loss(student_logp_C: Tensor, teacher_logp_C: Tensor, strength_C: Tenso
     return loss(student_logp_C, teacher_logp_C, config.temperature)
 
 
-def _event_masses(logit_CE: Tensor, log_z_C: Tensor, events: EventTensors, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log masses of the student's and the teacher's events, *other* last."""
+def _event_masses(
+    logit_CE: Tensor, log_z_C: Tensor, events: EventTensors, config: TrainConfig
+) -> tuple[Tensor, Tensor]:
+    """Log masses of the student's events and of the target's, *other* last; `gold_share` of the target is the gold."""
+    temperature = config.temperature
     student_CE = objectives.event_log_mass(logit_CE, log_z_C, events.valid_CE, temperature)
     # The teacher's masses are normalised already: as log-likelihoods at temperature 1 with a normaliser of 0.
     teacher_CE = objectives.event_log_mass(events.teacher_CE, torch.zeros_like(log_z_C), events.valid_CE, 1.0)
+    if config.gold_share:
+        teacher_CE = teacher_CE + math.log1p(-config.gold_share)
+        gold_C = torch.logaddexp(teacher_CE[:, 0], teacher_CE.new_tensor(math.log(config.gold_share)))
+        teacher_CE = torch.cat([gold_C[:, None], teacher_CE[:, 1:]], dim=1)
     return student_CE, teacher_CE
 
 
@@ -150,18 +158,19 @@ def _tail_loss(
     assert batch.events is not None
     assert batch.events.tail is not None
     tail = batch.events.tail
-    student_CE, teacher_CE = _event_masses(logit_CE, log_z_C, batch.events, config.temperature)
+    student_CE, teacher_CE = _event_masses(logit_CE, log_z_C, batch.events, config)
     flat = torch.zeros(tail.teacher_CW.numel(), dtype=tail_S.dtype, device=tail_S.device)
     student_CW = flat.index_add(0, tail.slot_S, tail_S).view(tail.teacher_CW.shape)
+    teacher_CW = tail.teacher_CW + math.log1p(-config.gold_share)
     return objectives.tail_kl_loss(
-        student_CE, teacher_CE, student_CW, tail.teacher_CW, tail.log_share_CW, strength_C, config.temperature
+        student_CE, teacher_CE, student_CW, teacher_CW, tail.log_share_CW, strength_C, config.temperature
     )
 
 
 def _event_loss(logit_CE: Tensor, log_z_C: Tensor, batch: Batch, strength_C: Tensor, config: TrainConfig) -> Tensor:
     assert batch.events is not None
     temperature = config.temperature
-    student_CE, teacher_CE = _event_masses(logit_CE, log_z_C, batch.events, temperature)
+    student_CE, teacher_CE = _event_masses(logit_CE, log_z_C, batch.events, config)
     if config.tidal == "interpolate":
         return objectives.tidal_event_kl_loss(student_CE, teacher_CE, strength_C, temperature)
     loss = objectives.reverse_event_kl_loss if config.objective == "reverse-kl" else objectives.event_kl_loss
