@@ -119,6 +119,9 @@ CONFIGS = [
     load_recipe("events"),
     load_recipe("events", {"tidal": "interpolate", "temperature": 2.0}),
     load_recipe("reverse-kl", {"context": "compdemo"}),
+    load_recipe("reverse-kl", {"context": "compdemo", "gold_share": 0.3}),
+    load_recipe("kl", {"context": "compdemo", "gold_share": 0.5, "temperature": 2.0}),
+    load_recipe("events", {"tidal": "interpolate", "gold_share": 0.9}),
     load_recipe("cross-entropy", {"ce_normalisation": "batch"}),
 ]
 
@@ -179,6 +182,9 @@ def plain_loss(student: Student, rows: Sequence[Row], config: TrainConfig, progr
                 s_all, p_all = (
                     torch.cat([x, (1 - x.exp().sum()).clamp(min=OTHER_FLOOR).log()[None]]) for x in (s_events, p_events)
                 )
+                gold = torch.zeros_like(p_all)
+                gold[0] = 1.0
+                p_all = ((1 - config.gold_share) * p_all.exp() + config.gold_share * gold).log()
                 if config.tidal == "interpolate":
                     p_all = torch.log_softmax((1 - strength) * s_all + strength * p_all, 0).detach()
                 a, b = (s_all, p_all) if config.objective == "reverse-kl" else (p_all, s_all)
@@ -186,7 +192,7 @@ def plain_loss(student: Student, rows: Sequence[Row], config: TrainConfig, progr
     return cross + config.distill_weight * distilled / max(chunks, 1)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.objective}-{c.tidal}-{c.temperature:g}")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.objective}-{c.tidal}-{c.temperature:g}-{c.gold_share:g}")
 def test_losses_and_gradients_are_those_of_the_plain_way(
     config: TrainConfig, cache: Cache, tokenizer: TextTokenizer, student_folder: Path
 ) -> None:

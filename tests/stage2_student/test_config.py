@@ -134,6 +134,7 @@ def test_every_field_can_be_overridden_on_the_command_line(
 ) -> None:
     from stage2_student import run
 
+    recipe = "kl" if field.name == "gold_share" else recipe  # only KL has a target to mix it into
     given: list[TrainConfig] = []
 
     def instead(config: TrainConfig, *_: Any, **__: Any) -> dict[str, Any]:
@@ -190,6 +191,10 @@ def test_an_unknown_field_is_refused_with_the_near_ones(tmp_path: Path) -> None:
         ({"min_timestep": 0.5, "max_timestep": 0.5}, "min_timestep: expected less than max_timestep"),
         ({"objective": "reverse-kl", "tidal": "interpolate"}, "forward objective"),
         ({"epochs": 0.0}, "epochs: expected a number above 0"),
+        ({"objective": "kl", "gold_share": 1.0}, "gold_share: expected a number from 0 to below 1, found 1"),
+        ({"objective": "calm", "gold_share": 0.5}, "gold_share: mixes the gold into the target of kl and reverse-kl"),
+        ({"timestep_weight": "midrang"}, "timestep_weight: expected one of uniform, midrange, measured, or numbers"),
+        ({"timestep_weight": "1"}, "timestep_weight: expected at least two numbers"),
     ],
 )
 def test_impossible_values_are_refused(values: dict[str, object], said: str) -> None:
