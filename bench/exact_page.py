@@ -112,20 +112,37 @@ def in_short(exact: Exact) -> list[str]:
             Cell("same", draws=2, fresh=0.5, context="compdemo"),
         )
     )
-    heavy, mended = (exact.gain(Cell("same", name, weight=5.0)) for name in ("reverse-calm", "calm"))
-    cross = exact.gain(Cell("cross", context="compdemo"))
-    cross_heavy = exact.gain(Cell("cross", weight=25.0))
-    if not all((none, online, halves, again, heavy, mended, cross, cross_heavy)):
+    changes = {
+        name: exact.gain(cell)
+        for name, cell in (
+            ("Reverse CALM", Cell("same", "reverse-calm")),
+            ("Reverse CALM with weight 5", Cell("same", "reverse-calm", weight=5.0)),
+            ("the same with the entropy that makes it a reverse KL, weight 1", Cell("same", "bernoulli-reverse-kl")),
+            ("CALM with weight 5", Cell("same", "calm", weight=5.0)),
+            ("event KL with weight 5", Cell("same", "kl", weight=5.0)),
+        )
+    }
+    across = {
+        name: exact.gain(cell)
+        for name, cell in (
+            ("CALM", Cell("cross", "calm")),
+            ("event KL", Cell("cross", context="compdemo")),
+            ("event KL with weight 25", Cell("cross", weight=25.0)),
+        )
+    }
+    if not all((none, online, halves, again, *changes.values(), *across.values())):
         return []
+
+    def listed(found: dict[str, list[float]]) -> str:
+        return ", ".join(f"{name} {spread(gain, signed=True)}" for name, gain in found.items())
+
     return [
-        f"With an exact teacher event KL takes a student's error from {spread(none)} to {spread(online)} nats per token. Two draws "
+        f"**Sandbox, few draws**: event KL takes a student's error from {spread(none)} to {spread(online)} nats per token. Two draws "
         f"for 16 epochs reach {spread(halves)} when a draw used again masks its halves, {spread(again)} when it masks the same; half "
         "of the rows are fresh in both.",
-        f"Reverse CALM, the default, does not gain there, and with weight 5 it loses {spread(heavy)}; CALM with weight 5 changes the "
-        f"error by {spread(mended, signed=True)}.",
-        f"Across tokenizers whose common chunks are three teacher tokens long event KL gains little ({spread(cross, signed=True)}), "
-        f"and with weight 25 it harms ({spread(cross_heavy, signed=True)}): a chunk's likelihood is the product of its tokens', which "
-        "is not what the student's own tokens should say.",
+        f"**Sandbox, change of the error by objective**, one tokenizer: {listed(changes)}.",
+        f"**Sandbox, two tokenizers** whose common chunks are three teacher tokens long: {listed(across)}. A chunk's likelihood "
+        "is the product of its tokens', which is not what the student's own tokens should say.",
     ]
 
 
