@@ -135,16 +135,19 @@ class Row:
 
 def batch_rows(seed: int, run: Run, step: int, cached: int, draws: int, halves: bool) -> list[Row]:
     """The rows of a seed's batch; each stream goes through its own epochs. With `halves` a draw's uses go through its views,
-    from one that is drawn for it (`stage2_student.dataset`).
+    all of it first; which half is next is drawn for it (`stage2_student.dataset`).
     """
     rows: list[Row] = []
     for fresh, count in ((False, cached), (True, run.batch - cached)):
         for place in range(step * count, (step + 1) * count):
             epoch, within = divmod(place, run.documents)
             document = _document_order(seed * 1000 + epoch * 2 + fresh, run.documents)[within]
-            draw = epoch if fresh else epoch % draws
-            first = stream_key(seed, str(document), "view", draw) if halves else 0
-            rows.append(Row(fresh, draw, document, (first + epoch // draws) % VIEWS if halves and not fresh else 0))
+            if fresh or not halves:
+                rows.append(Row(fresh, epoch if fresh else epoch % draws, document))
+                continue
+            view = epoch // draws % VIEWS
+            b_first = stream_key(seed, str(document), "half", epoch % draws) % 2
+            rows.append(Row(False, epoch % draws, document, VIEWS - view if view and b_first else view))
     return rows
 
 

@@ -30,9 +30,9 @@ T = TypeVar("T")
 class TrainingRows(Dataset[Row]):
     """Rows 0 … count − 1 of a run (see the module). Sequential access is fast; any access is right.
 
-    `makers`: one for each cache of `draws`, in their order. `halves`: a stored draw masks in turn all of its chunks, half A
-    of them, and half B; which comes first is drawn for each, so that every pass has all three. With compdemo the teacher
-    has scored just that.
+    `makers`: one for each cache of `draws`, in their order. `halves`: a stored draw masks all of its chunks when it is first
+    used, one half of them the second time, the other the third, all again the fourth, and so on; which half comes first is
+    drawn for each draw. With compdemo the teacher has scored just that.
     """
 
     def __init__(
@@ -76,8 +76,9 @@ class TrainingRows(Dataset[Row]):
 
     def _view(self, within: int, draw: Draw) -> int:
         """0: all chunks of the draw; 1: half A; 2: half B."""
-        first = stream_key(self.draws.seed, draw.document, "view", draw.draw) % VIEWS
-        return (first + self.draws.uses(within)) % VIEWS
+        view = self.draws.uses(within) % VIEWS
+        b_first = stream_key(self.draws.seed, draw.document, "half", draw.draw) % 2
+        return VIEWS - view if view and b_first else view
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Row] | list[Failure]:
         """The rows of one batch, as a DataLoader asks for them; within a loader process an error comes as a value."""
