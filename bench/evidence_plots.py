@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 
 from evidence_cells import BEST, CROSS_ENTROPY, CacheChoice, cell, events, in_context, offline
+from evidence_cells import OFFLINE as FEW
 from evidence_found import Found, Metric, accuracy, bits, bits_in, infilled
 from evidence_results import half_width
 from exact_cells import Cell as ExactCell
@@ -14,6 +15,9 @@ from exact_page import Exact
 from shared.cache.plots import Curve, Plot, svg
 
 OFFLINE = "offline and online"
+OFFLINE_HALVES = [one for one in FEW if one[2] == "halves"]
+OFFLINE_FRESH = [one for one in FEW if one[2] == "same" and one[1]]
+OFFLINE_SAME = [one for one in FEW if one[2] == "same" and not one[1]]
 BINS = (0.1, 0.3, 0.5, 0.7, 0.9)  # middles of the ranges of timesteps that evaluations report
 
 
@@ -46,19 +50,11 @@ def draws_plot(found: Found, metric: Metric, name: str) -> Plot | None:
     """Difference to cross-entropy with fresh masks against stored draws."""
     online = (float(found.scale.draws), found.paired(events(), CROSS_ENTROPY, metric, OFFLINE))
     curves = []
-    for colour, (title, fresh, reuse) in enumerate(
-        (
-            ("same again", 0.0, "same"),
-            ("halves again, a quarter fresh", 0.25, "halves"),
-            ("half fresh rows", 0.5, "same"),
-        ),
-        1,
+    for colour, (title, chosen) in enumerate(
+        (("same again", OFFLINE_SAME), ("halves again", OFFLINE_HALVES), ("half fresh rows", OFFLINE_FRESH)), 1
     ):
-        points = [
-            (float(draws), found.paired(offline(draws, fresh, reuse), CROSS_ENTROPY, metric, OFFLINE))
-            for draws in (1, 2)
-        ]
-        curves.append(curve(f"event KL, {title}", [*points, online], colour, dashed=fresh > 0))
+        points = [(float(one[0]), found.paired(offline(*one), CROSS_ENTROPY, metric, OFFLINE)) for one in chosen]
+        curves.append(curve(f"event KL, {title}", [*points, online], colour, dashed=chosen is OFFLINE_FRESH))
     alone = [
         (float(draws or found.scale.draws), found.paired(made, CROSS_ENTROPY, metric, OFFLINE))
         for draws, made in ((1, cell("none", CacheChoice(draws=1))), (0, CROSS_ENTROPY))

@@ -78,7 +78,6 @@ class Batch(Movable):
     clean_BL: Tensor
     length_B: Tensor
     timestep_B: Tensor
-    drawn_timestep_B: Tensor  # of the stored draw: a half has less masked, the teacher's scores are what they were
     trainable_B: Tensor
     sample_N: Tensor  # row of each masked token
     column_N: Tensor
@@ -128,7 +127,6 @@ class Collator:
             clean_BL=torch.from_numpy(clean_BL),
             length_B=torch.tensor([len(row.ids_L) for row in kept] or [1]),
             timestep_B=torch.tensor([row.timestep for row in kept] or [1.0], dtype=torch.float32),
-            drawn_timestep_B=torch.tensor([row.timestep / row.share for row in kept] or [1.0], dtype=torch.float32),
             trainable_B=torch.tensor([row.trainable for row in kept] or [0]),
             sample_N=torch.from_numpy(sample_N),
             column_N=torch.from_numpy(column_N),

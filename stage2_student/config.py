@@ -33,7 +33,6 @@ MEASURED = "measured"  # of timestep weights: replaced by numbers once the cache
 AUTO = "auto"  # of `fresh` and `reuse`: decided by `automatic_fresh` and `automatic_reuse` once the cache is known
 GPU_WORKERS = 2
 FRESH_AT_MOST = 0.5  # of what `auto` decides (docs/evidence.md)
-FRESH_BESIDE_HALVES = 0.25
 VIEWS = 3  # different rows that a draw gives with `reuse` halves: all of its chunks, half A, half B
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "objective": OBJECTIVES,
@@ -333,13 +332,10 @@ def automatic_reuse(config: TrainConfig, uses: float, mask_laws: Collection[str]
 def automatic_fresh(uses: float, reuse: str) -> float:
     """The share of fresh rows where `fresh` is `auto`: enough that no row comes twice, but at most half.
 
-    0 where each draw is used once. With halves a draw gives `VIEWS` different rows, but two of them have light noise, so that
-    a quarter of the rows is fresh at least. `uses`: how often a draw would be used on average, were no row fresh.
+    `uses`: how often a draw would be used on average, were no row fresh. With halves a draw gives `VIEWS` different rows.
     """
-    if uses <= 1.0:
-        return 0.0
-    rows, least = (VIEWS, FRESH_BESIDE_HALVES) if reuse == "halves" else (1, 0.0)
-    return round(min(FRESH_AT_MOST, max(least, 1.0 - rows / uses)), 4)
+    rows = VIEWS if reuse == "halves" else 1
+    return round(min(FRESH_AT_MOST, max(0.0, 1.0 - rows / uses)), 4)
 
 
 def require(config: TrainConfig, spec: CaptureSpec, cache: str) -> None:

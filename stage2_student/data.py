@@ -105,8 +105,7 @@ class Coverage:
 class Row:
     """One (document, draw) ready for collation. Log-likelihoods in nats at temperature 1.
 
-    A fresh row, or one whose document the tokenizer cannot reproduce (then L = 0), has no scored chunks. `share`: of the
-    stored draw's masked chunks, 1 but for halves (`Draw.half`).
+    A fresh row, or one whose document the tokenizer cannot reproduce (then L = 0), has no scored chunks.
     """
 
     document: str
@@ -124,7 +123,6 @@ class Row:
     events: Events | None
     coverage: Coverage
     offset: int = 0
-    share: float = 1.0
 
 
 def _sums(values: npt.NDArray[np.float32], first: IntArray, stop: IntArray) -> npt.NDArray[np.float32]:
@@ -220,7 +218,6 @@ class RowMaker:
             events=events,
             coverage=Coverage(len(draw.chunks), int((view.own_stop_O - view.own_first_O)[own_Q].sum())),
             offset=view.offset,
-            share=draw.share,
         )
 
     def fresh_row(self, stored: StoredDocument, number: int) -> Row:

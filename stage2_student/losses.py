@@ -112,19 +112,17 @@ def batch_losses(hidden_ND: Tensor, head: Head, batch: Batch, config: TrainConfi
 def _tidal(batch: Batch, config: TrainConfig, progress: float) -> tuple[Tensor, Tensor]:
     """(strength_C for the target, weight_C for the loss); ones where the mode has no use for them.
 
-    By the stored draw's timestep: a half is distilled as strongly as the draw that it comes from.
+    By the row's timestep: what the student sees, and for a half of a draw what the teacher saw too.
     """
     ones_C = torch.ones_like(batch.teacher_logp_C)
     if config.tidal == "none":
         return ones_C, ones_C
     schedule = (config.lambda_init, config.lambda_max, config.tidal_decay)
     if config.tidal == "interpolate":
-        strength_B = tidal.strength(progress, batch.drawn_timestep_B, config.tidal_axis, *schedule)
-        weight_B = tidal.timestep_weight(batch.drawn_timestep_B, config.timestep_weight)
+        strength_B = tidal.strength(progress, batch.timestep_B, config.tidal_axis, *schedule)
+        weight_B = tidal.timestep_weight(batch.timestep_B, config.timestep_weight)
         return strength_B[batch.sample_C], weight_B[batch.sample_C]
-    weight_B = tidal.sample_weight(
-        progress, batch.drawn_timestep_B, config.tidal_axis, config.timestep_weight, *schedule
-    )
+    weight_B = tidal.sample_weight(progress, batch.timestep_B, config.tidal_axis, config.timestep_weight, *schedule)
     return ones_C, weight_B[batch.sample_C]
 
 

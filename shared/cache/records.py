@@ -150,8 +150,6 @@ class StoredDocument:
 @dataclass(frozen=True)
 class Draw:
     """One stored draw. `chunks`: the M masked chunks' numbers; `split`: True = A (shown in pass 1, scored in pass 2).
-    `share`: 1, or the share of its masked chunks that a `half` keeps.
-
     `gold_logp` and `candidates` are those of `context`, the one that the reader was asked for.
     """
 
@@ -164,7 +162,6 @@ class Draw:
     scores: Mapping[str, ContextScores]
     context: str
     vocabulary: TeacherVocabulary
-    share: float = 1.0
 
     @cached_property
     def masked_C(self) -> BoolArray:
@@ -214,7 +211,6 @@ class Draw:
         return replace(
             self,
             timestep=float(np.float32(self.timestep * share)),
-            share=share,
             chunks=self.chunks[kept_M],
             split=self.split[kept_M],
             scores={"compdemo": self.scores["compdemo"].of_chunks(kept_M, self.token_count_M)},

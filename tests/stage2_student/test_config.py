@@ -74,7 +74,7 @@ def test_the_papers_variants_are_as_released(name: str) -> None:
     ("uses", "reuse", "share"),
     [
         (0.75, "same", 0.0), (1.0, "same", 0.0), (1.5, "same", 0.3333), (5.0, "same", 0.5), (3.0, "same", 0.5),
-        (1.0, "halves", 0.0), (3.0, "halves", 0.25), (5.0, "halves", 0.4), (10.0, "halves", 0.5),
+        (1.0, "halves", 0.0), (3.0, "halves", 0.0), (5.0, "halves", 0.4), (10.0, "halves", 0.5),
     ],
 )  # fmt: skip
 def test_fresh_rows_are_on_where_draws_are_fewer_than_epochs(uses: float, reuse: str, share: float) -> None:

@@ -83,7 +83,7 @@ def test_uses_go_through_all_and_both_halves(cache: Cache, tokenizer: TextTokeni
     sides = set()
     for whole, a, b, again in by_draw.values():
         np.testing.assert_array_equal(whole.masked_L, again.masked_L)
-        assert [row.share for row in (whole, a, b, again)] == [1.0, 0.5, 0.5, 1.0]
+        assert [row.timestep / whole.timestep for row in (whole, a, b, again)] == pytest.approx([1.0, 0.5, 0.5, 1.0])
         sides.add(tuple(scores_of(a)) < tuple(scores_of(b)))
         assert scores_of(whole) == scores_of(a) | scores_of(b)
         assert not scores_of(a).keys() & scores_of(b).keys()
@@ -96,18 +96,16 @@ def test_uses_go_through_all_and_both_halves(cache: Cache, tokenizer: TextTokeni
     assert sides == {False, True}
 
 
-def test_a_half_is_distilled_as_strongly_as_its_draw(cache: Cache, tokenizer: TextTokenizer) -> None:
-    """TIDAL goes by the stored timestep, cross-entropy by that of the row."""
+def test_a_half_is_a_row_of_its_own_timestep(cache: Cache, tokenizer: TextTokenizer) -> None:
+    """For cross-entropy and for TIDAL: what the student sees, and what the teacher saw when it scored the half."""
     maker = RowMaker(tokenizer, cache.spec, 32, "compdemo")
     draw = max(cache.iter_draws(context="compdemo"), key=lambda draw: len(draw.chunks))
-    rows = [maker.cached_row(part) for part in (draw, draw.half(True, 0.5), draw.half(False, 0.5))]
-    batch = Collator(1, 0)(rows)
-    torch.testing.assert_close(batch.drawn_timestep_B, torch.full((3,), draw.timestep))
-    torch.testing.assert_close(batch.timestep_B, draw.timestep * torch.tensor([1.0, 0.5, 0.5]))
-    config = load_recipe("reverse-calm-tidal")
-    _, weight_C = losses._tidal(batch, config, 0.5)
-    assert weight_C.min() == weight_C.max()
+    batch = Collator(1, 0)([maker.cached_row(part) for part in (draw, draw.half(True, 0.5), draw.half(False, 0.5))])
+    t = draw.timestep * torch.tensor([1.0, 0.5, 0.5])
+    torch.testing.assert_close(batch.timestep_B, t)
+    _, weight_C = losses._tidal(batch, load_recipe("reverse-calm-tidal"), 0.5)
     assert set(batch.sample_C.tolist()) == {0, 1, 2}
+    torch.testing.assert_close(weight_C, (0.5 * (1 - t) / 0.5)[batch.sample_C])
 
 
 @pytest.mark.parametrize("together", [2, 3])
@@ -121,11 +119,11 @@ def test_groups_and_mixtures_go_through_their_views(cache: Cache, tokenizer: Tex
     for number in range(count):
         row = rows[number]
         at = draws.located(number)[0], row.document, row.draw
-        views.setdefault(at, []).append((row.share, int(row.masked_L.sum())))
+        views.setdefault(at, []).append((row.timestep, int(row.masked_L.sum())))
     for found in views.values():
         assert all(a == b for a, b in zip(found, found[3:], strict=False))
         assert len(found) >= 3
-        assert [share for share, _ in found[:3]] == [1.0, 0.5, 0.5]
+        assert [t / found[0][0] for t, _ in found[:3]] == pytest.approx([1.0, 0.5, 0.5])
     np.testing.assert_array_equal(rows[count // 2].masked_L, rows[count // 2].masked_L)
 
 
@@ -142,7 +140,7 @@ def test_fresh_rows_stay_as_they_are(cache: Cache, tokenizer: TextTokenizer) -> 
     assert len(fresh) == len(rows) // 2
     for number in fresh:
         np.testing.assert_array_equal(rows[number].masked_L, same[number].masked_L)
-        assert (rows[number].timestep, rows[number].share) == (same[number].timestep, 1.0)
+        assert rows[number].timestep == same[number].timestep
 
 
 def test_halves_need_compdemo() -> None:

@@ -274,9 +274,9 @@ def test_a_dry_run_writes_nothing_and_says_what_would_happen(
     for said in (
         cache.spec.fingerprint,
         "declared: 100.0% of the masked chunks",
-        "3 per document, each used 1.5 times on average",
+        "3 per document, each used 2 times on average",
         "all of its masked chunks, one half of them, the other",
-        "25% of each batch, cross-entropy only (automatic",
+        "0% of each batch, cross-entropy only (automatic",
         "72 in 18 steps (6 epochs)",
         "first batch: loss",
     ):
