@@ -146,6 +146,7 @@ def plain_loss(student: Student, rows: Sequence[Row], config: TrainConfig, progr
     tokens = sum(r.trainable for r in rows)
     g = 0.5 * (1 - np.cos(np.pi * progress))
     lam = config.lambda_init + (config.lambda_max - config.lambda_init) * g
+    lam = config.lambda_max if config.tidal_axis == "timestep" else lam
     for row in rows:
         length, t = len(row.ids_L), row.timestep
         noisy = torch.from_numpy(np.where(row.masked_L, student.mask_id, row.ids_L))
