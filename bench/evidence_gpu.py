@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from evidence_cells import CROSS_ENTROPY, CacheChoice, Cell, Scale, cell
+from evidence_cells import CROSS_ENTROPY, CacheChoice, Cell, Scale, events
 from evidence_found import Found, bits, infilled, markdown
 from evidence_results import Results, spread
 from evidence_work import Pair, Workshop, capture
@@ -63,8 +63,9 @@ def grid(scale: Scale) -> list[Cell]:
     found = [CROSS_ENTROPY]
     for draws in (1, 2, 0):
         for fresh in (0.0, 0.5) if draws else (0.0,):
-            found.append(cell("kl", CacheChoice(draws=draws), distill_weight=5.0, fresh=fresh))
-    return [*found, cell("kl", CacheChoice(teacher="ngram"), distill_weight=5.0)]
+            found.append(events(CacheChoice(draws=draws), fresh=fresh, timestep_weight="uniform"))
+    halves = [events(CacheChoice(draws=draws), reuse="halves", timestep_weight="uniform") for draws in (1, 2)]
+    return [*found, *halves, events(CacheChoice(teacher="ngram"), timestep_weight="uniform")]
 
 
 def continued(model: str, out: Path, steps: int, layers: int | None, scale: GpuScale) -> Path:
