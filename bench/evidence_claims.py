@@ -31,6 +31,7 @@ MARGIN = 0.1  # of the distillation gain: the equivalence margin, fixed beforeha
 ENOUGH = 3
 ONLINE = events()
 QUESTION = "offline and online"
+VERBS = {"better": "gains over", "worse": "loses against", "within the spread": "does not differ from"}
 # (name, metric, sign of what is better, digits)
 METRICS: tuple[tuple[str, Metric, int, int], ...] = (
     ("bits per byte", bits, -1, 4),
@@ -153,17 +154,16 @@ def costs(record: dict[str, Any] | None) -> str:
     if record is None:
         return "Not measured yet."
     captures, trains = record["captures"], record["trains"]
-    online = trains["online"]
+    online, student = trains["online"], trains["cache"]
+    extra = online["seconds"] - student["seconds"]
     rows = []
     for draws, capture in sorted(captures.items(), key=lambda pair: int(pair[0])):
-        student = trains["cache"]["seconds"]
-        extra = online["seconds"] - student
         rows.append(
             [
                 draws,
                 f"{capture['bytes'] / 1e6:.2f} MB",
                 f"{capture['seconds']:.0f} s, {capture['peak_mb']:.0f} MB",
-                f"{student:.0f} s, {trains['cache']['peak_mb']:.0f} MB",
+                f"{student['seconds']:.0f} s, {student['peak_mb']:.0f} MB",
                 f"{online['seconds']:.0f} s, {online['peak_mb']:.0f} MB",
                 f"{capture['seconds'] / extra:.1f}" if extra > 0 else "never",
             ]
@@ -176,12 +176,12 @@ def costs(record: dict[str, Any] | None) -> str:
         "student online",
         "pays from … students on",
     ]
-    extra = trains["cache"]["seconds"] / trains["cross-entropy"]["seconds"]
+    plain = trains["cross-entropy"]["seconds"]
     return markdown(head, rows) + (
         f"\n\nEach in a process of its own, with one thread; memory is the process's peak, most of it libraries. *Online* is the "
         f"same training plus the {online['teacher_seconds']:.0f} s that the teacher needs for the same masks, with its weights "
-        f"in memory. Cross-entropy alone takes {trains['cross-entropy']['seconds']:.0f} s, so a student of event KL takes "
-        f"{extra:.2f} times as long; *equal seconds* above stands for {EQUAL_SECONDS:.2f}."
+        f"in memory. Cross-entropy alone takes {plain:.0f} s, so a student of event KL takes "
+        f"{student['seconds'] / plain:.2f} times as long; *equal seconds* above stands for {EQUAL_SECONDS:.2f}."
     )
 
 
@@ -193,7 +193,7 @@ def in_short(found: Found) -> list[str]:
         gain = found.paired(ONLINE, CROSS_ENTROPY, metric, "controls")
         if len(gain) < ENOUGH:
             continue
-        verb = {"better": "gains", "worse": "loses", "within the spread": "does not differ from"}[won(gain, better)]
+        verb = VERBS[won(gain, better)]
         size = f" ({spread(gain, digits, signed=True)}{unit})"
         held = [(other, found.paired(ONLINE, cell, metric, "controls")) for other, cell in others(found)]
         by_verdict: dict[str, list[str]] = {}
@@ -202,8 +202,8 @@ def in_short(found: Found) -> list[str]:
                 by_verdict.setdefault(won(difference, better), []).append(other)
         said = [f"{verdict}: {'; '.join(names)}" for verdict, names in by_verdict.items()]
         lines.append(
-            f"**{name.removesuffix(', points')}**: event KL {verb} {'over ' if verb == 'gains' else ''}"
-            f"{'against ' if verb == 'loses' else ''}cross-entropy{size}. Against what it is held: {' — '.join(said)}."
+            f"**{name.removesuffix(', points')}**: event KL {verb} cross-entropy{size}. "
+            f"Against what it is held: {' — '.join(said)}."
         )
         few = {one: verdict_on(found, one, metric, better) for one in OFFLINE}
         measured = [f"{named(one)} {verdict}" for one, verdict in few.items() if verdict != "too few seeds"]

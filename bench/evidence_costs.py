@@ -13,7 +13,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +73,9 @@ def main() -> None:
     parser.add_argument("what", choices=["capture", "train"])
     parser.add_argument("which")
     options = parser.parse_args()
-    begin = time.monotonic()
     work = Workshop(options.out, SCALES[options.scale], Console(stderr=True))
     found = captured(work, int(options.which)) if options.what == "capture" else trained(work, options.which)
-    print(json.dumps({**found, "peak_mb": peak_mb(), "process_seconds": time.monotonic() - begin}))
+    print(json.dumps({**found, "peak_mb": peak_mb()}))
 
 
 def peak_mb() -> float:

@@ -43,8 +43,8 @@ INTRODUCTION = """# Evidence
 What offline distillation costs and what it gains: in a sandbox whose teacher is exactly known, and with the embedded pair on
 Python's standard library. Written by `{command}` from `{results}` and `exact.jsonl` beside it; no figure or verdict on
 this page is typed by hand. Figures are means over seeds ± half of their 95 % interval (Student's t), differences are paired by
-seed, and *tuned* means {tuned}, as chosen on
-documents of their own (*Settings*, at the end). A pair of 1.7M parameters and 0.1 MB of text is a small world: read the
+seed, and *tuned* means {tuned},
+as chosen on documents of their own (*Settings*, at the end). A pair of 1.7M parameters and 0.1 MB of text is a small world: read the
 directions, not the sizes.
 
 ## In short

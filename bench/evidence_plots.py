@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-from evidence_cells import BEST, CROSS_ENTROPY, CacheChoice, cell, events, in_context, offline
-from evidence_cells import OFFLINE as FEW
+from evidence_cells import BEST, CROSS_ENTROPY, OFFLINE, CacheChoice, cell, events, in_context, offline
+from evidence_claims import QUESTION
 from evidence_found import Found, Metric, accuracy, bits, bits_in, infilled
 from evidence_results import half_width
 from exact_cells import Cell as ExactCell
@@ -14,10 +14,9 @@ from exact_page import Exact
 
 from shared.cache.plots import Curve, Plot, svg
 
-OFFLINE = "offline and online"
-OFFLINE_HALVES = [one for one in FEW if one[2] == "halves"]
-OFFLINE_FRESH = [one for one in FEW if one[2] == "same" and one[1]]
-OFFLINE_SAME = [one for one in FEW if one[2] == "same" and not one[1]]
+HALVES = [one for one in OFFLINE if one[2] == "halves"]
+FRESH = [one for one in OFFLINE if one[2] == "same" and one[1]]
+SAME = [one for one in OFFLINE if one[2] == "same" and not one[1]]
 BINS = (0.1, 0.3, 0.5, 0.7, 0.9)  # middles of the ranges of timesteps that evaluations report
 
 
@@ -48,15 +47,15 @@ def shown(plot: Plot) -> Plot | None:
 
 def draws_plot(found: Found, metric: Metric, name: str) -> Plot | None:
     """Difference to cross-entropy with fresh masks against stored draws."""
-    online = (float(found.scale.draws), found.paired(events(), CROSS_ENTROPY, metric, OFFLINE))
+    online = (float(found.scale.draws), found.paired(events(), CROSS_ENTROPY, metric, QUESTION))
     curves = []
     for colour, (title, chosen) in enumerate(
-        (("same again", OFFLINE_SAME), ("halves again", OFFLINE_HALVES), ("half fresh rows", OFFLINE_FRESH)), 1
+        (("same again", SAME), ("halves again", HALVES), ("half fresh rows", FRESH)), 1
     ):
-        points = [(float(one[0]), found.paired(offline(*one), CROSS_ENTROPY, metric, OFFLINE)) for one in chosen]
-        curves.append(curve(f"event KL, {title}", [*points, online], colour, dashed=chosen is OFFLINE_FRESH))
+        points = [(float(one[0]), found.paired(offline(*one), CROSS_ENTROPY, metric, QUESTION)) for one in chosen]
+        curves.append(curve(f"event KL, {title}", [*points, online], colour, dashed=chosen is FRESH))
     alone = [
-        (float(draws or found.scale.draws), found.paired(made, CROSS_ENTROPY, metric, OFFLINE))
+        (float(draws or found.scale.draws), found.paired(made, CROSS_ENTROPY, metric, QUESTION))
         for draws, made in ((1, cell("none", CacheChoice(draws=1))), (0, CROSS_ENTROPY))
     ]
     curves.append(curve("cross-entropy", alone, colour=0))

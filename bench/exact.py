@@ -31,9 +31,8 @@ from rich.table import Table
 from torch import Tensor
 
 from shared.cache.statistics import TIMESTEP_BINS, ContextStatistics
-from shared.noise import stream_key
 from stage2_student import objectives, tidal
-from stage2_student.config import VIEWS
+from stage2_student.dataset import view_of
 from stage2_student.reliability import reliability
 
 BINS = 5  # of timesteps, in reports
@@ -145,9 +144,8 @@ def batch_rows(seed: int, run: Run, step: int, cached: int, draws: int, halves: 
             if fresh or not halves:
                 rows.append(Row(fresh, epoch if fresh else epoch % draws, document))
                 continue
-            view = epoch // draws % VIEWS
-            b_first = stream_key(seed, str(document), "half", epoch % draws) % 2
-            rows.append(Row(False, epoch % draws, document, VIEWS - view if view and b_first else view))
+            uses, draw = divmod(epoch, draws)
+            rows.append(Row(False, draw, document, view_of(seed, str(document), draw, uses)))
     return rows
 
 

@@ -27,7 +27,7 @@ from stage2_student.model import TrainedFrom, load_metadata
 
 UNFINISHED = ".unfinished"
 KEPT = 2  # checkpoints
-EARLIER = {"reuse": "same"}  # of checkpoints that do not say it
+EARLIER = {"reuse": "same", "gold_share": 0.0}  # what checkpoints did that do not say it
 FREE = (
     "logging_steps",
     "save_steps",

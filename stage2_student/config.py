@@ -69,20 +69,18 @@ class TrainConfig:
     `save_steps` 0 writes the result alone.
 
     A row is one (document, draw); an epoch takes as many rows as there are documents. `warmup` is a share of all steps.
-    `gold_share` of the target of KL is the gold, the rest the teacher's distribution.
-    `timestep_weight`: `uniform`, `midrange`, `measured` (from how good the teacher is by timestep, which the cache says:
-    `reliability`), or numbers by timestep bin with commas between, as `measured` is decided.
-    `draws_together` rows, one after the other, are draws of one document, so that they can share its clean half.
-    `fresh` is a share of the rows, or `auto`. `reuse`: what a stored draw masks when it is used again: the `same` chunks, or
-    their `halves` in turn, each of which compdemo's teacher scored with the other shown (`Draw.half`); `auto`: see
-    `automatic_reuse`. `block_start`: blocks
-    count from the sequence's first token, as the paper trains, or from the response's, as it samples.
-    `min_coverage`: least share of masked chunks that must carry a teacher's score. `lora_rank` 0 trains all weights; else
-    adapters of that rank on the modules `lora_targets` (`all-linear`, or names with commas between), scaled by `lora_alpha` /
-    `lora_rank`. `activation_checkpointing` computes each layer again in backward instead of keeping what it computed.
-    `eval_steps`: steps between evaluations on the first `eval_documents` held-out documents; 0: never.
-    `peak_tflops`: of one device, what MFU is a share of; 0: measured. `workers` prepare batches ahead of the step; −1: `GPU_WORKERS`
-    beside a GPU, none on a CPU, whose cores the step needs.
+    `gold_share` of the target of KL is the gold, the rest the teacher's distribution. `timestep_weight`: `uniform`,
+    `midrange`, `measured` (from how good the teacher is by timestep, which the cache says: `reliability`), or numbers by
+    timestep bin with commas between, as `measured` is decided. `draws_together` rows, one after the other, are draws of one
+    document, so that they can share its clean half. `fresh` is a share of the rows, or `auto`. `reuse`: what a stored draw
+    masks when it is used again: the `same` chunks, or their `halves` in turn, each of which compdemo's teacher scored with
+    the other shown (`Draw.half`); `auto`: see `automatic_reuse`. `block_start`: blocks count from the sequence's first token,
+    as the paper trains, or from the response's, as it samples. `min_coverage`: least share of masked chunks that must carry
+    a teacher's score. `lora_rank` 0 trains all weights; else adapters of that rank on the modules `lora_targets`
+    (`all-linear`, or names with commas between), scaled by `lora_alpha` / `lora_rank`. `activation_checkpointing` computes
+    each layer again in backward instead of keeping what it computed. `eval_steps`: steps between evaluations on the first
+    `eval_documents` held-out documents; 0: never. `peak_tflops`: of one device, what MFU is a share of; 0: measured.
+    `workers` prepare batches ahead of the step; −1: `GPU_WORKERS` beside a GPU, none on a CPU, whose cores the step needs.
     """
 
     objective: str = "reverse-calm"

@@ -17,7 +17,6 @@ from typing import Generic, TypeVar
 import numpy as np
 from torch.utils.data import Dataset, get_worker_info
 
-from shared.cache.records import Draw
 from shared.cache.stream import DocumentStream, DrawStream
 from shared.errors import TidecacheError
 from shared.noise import stream_key
@@ -68,17 +67,13 @@ class TrainingRows(Dataset[Row]):
         if stream == "cached":
             cache, draw = self.draws.located(within)
             maker = self.makers[cache]
-            view = self._view(within, draw) if self.halves else 0
+            view = 0
+            if self.halves:
+                view = view_of(self.draws.seed, draw.document, draw.draw, self.draws.uses(within))
             return maker.cached_row(draw.half(view == 1, maker.spec.demo_ratio) if view else draw)
         turn, repeat = divmod(within, self.draws.together)
         visit = self.documents[turn]
         return self.makers[visit.cache].fresh_row(visit.stored, visit.times * self.draws.together + repeat)
-
-    def _view(self, within: int, draw: Draw) -> int:
-        """0: all chunks of the draw; 1: half A; 2: half B."""
-        view = self.draws.uses(within) % VIEWS
-        b_first = stream_key(self.draws.seed, draw.document, "half", draw.draw) % 2
-        return VIEWS - view if view and b_first else view
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Row] | list[Failure]:
         """The rows of one batch, as a DataLoader asks for them; within a loader process an error comes as a value."""
@@ -88,6 +83,13 @@ class TrainingRows(Dataset[Row]):
             if get_worker_info() is None:
                 raise
             return [Failure(str(error))]
+
+
+def view_of(seed: int, document: str, draw: int, uses: int) -> int:
+    """What a draw masks that was used so often before, with halves. 0: all of its chunks; 1: half A; 2: half B."""
+    view = uses % VIEWS
+    b_first = stream_key(seed, document, "half", draw) % 2
+    return VIEWS - view if view and b_first else view
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,7 @@ def _event_masses(
     logit_CE: Tensor, log_z_C: Tensor, events: EventTensors, config: TrainConfig
 ) -> tuple[Tensor, Tensor]:
     """Log masses of the student's events and of the target's, *other* last; `gold_share` of the target is the gold."""
-    temperature = config.temperature
-    student_CE = objectives.event_log_mass(logit_CE, log_z_C, events.valid_CE, temperature)
+    student_CE = objectives.event_log_mass(logit_CE, log_z_C, events.valid_CE, config.temperature)
     # The teacher's masses are normalised already: as log-likelihoods at temperature 1 with a normaliser of 0.
     teacher_CE = objectives.event_log_mass(events.teacher_CE, torch.zeros_like(log_z_C), events.valid_CE, 1.0)
     if config.gold_share:

@@ -200,8 +200,7 @@ def prepare(
         )
         for cache in opened
     ]
-    halves = config.reuse == "halves"
-    rows = TrainingRows(draws, makers, config.fresh_share, steps * batch_rows, halves)
+    rows = TrainingRows(draws, makers, config.fresh_share, steps * batch_rows, halves=config.reuse == "halves")
     trained_from = tuple(
         TrainedFrom(cache.spec.fingerprint, cache.manifest.content, source.weight)
         for cache, source in zip(opened, sources, strict=True)

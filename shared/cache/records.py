@@ -150,6 +150,7 @@ class StoredDocument:
 @dataclass(frozen=True)
 class Draw:
     """One stored draw. `chunks`: the M masked chunks' numbers; `split`: True = A (shown in pass 1, scored in pass 2).
+
     `gold_logp` and `candidates` are those of `context`, the one that the reader was asked for.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -138,6 +139,20 @@ def test_another_number_of_processes_cache_or_tokenizer_is_refused(tmp_path: Pat
     ):
         with pytest.raises(TidecacheError, match=said):
             other.check(tmp_path)
+
+
+def test_a_checkpoint_from_before_a_field_did_what_the_field_now_says(tmp_path: Path) -> None:
+    config = load_recipe("kl", {"reuse": "same"})
+    saved = checkpoints.Identity(config, (), "abc", 1).to_json()
+    del saved["config"]["reuse"], saved["config"]["gold_share"]
+    (tmp_path / "tidecache.json").write_text(json.dumps(saved))
+    checkpoints.Identity(config, (), "abc", 1).check(tmp_path)
+    for changed, said in (
+        ({"reuse": "halves", "context": "compdemo"}, "reuse: 'same' there, 'halves' now"),
+        ({"gold_share": 0.5}, "gold_share: 0.0 there, 0.5 now"),
+    ):
+        with pytest.raises(TidecacheError, match=said):
+            checkpoints.Identity(dataclasses.replace(config, **changed), (), "abc", 1).check(tmp_path)
 
 
 def test_another_architecture_is_refused(cache: Cache, student_folder: Path, tmp_path: Path) -> None:
