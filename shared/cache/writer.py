@@ -251,10 +251,13 @@ def _another_spec(root: Path, existing: Manifest, spec: CaptureSpec, changed: li
 
 
 def refuse_foreign_folder(root: Path) -> None:
-    """A folder without a manifest is taken only if it holds nothing that is not a cache's."""
+    """A folder without a manifest is taken only if it holds nothing that is not a cache's.
+
+    A manifest found now is another process's, written since the caller looked; whoever goes on reads it.
+    """
     if root.exists() and not root.is_dir():
         raise TidecacheError(f"{root}: expected a folder for the cache, found a file: give another --out")
-    known = {VOCABULARY_FILE, SHARDS_FOLDER, HELD_OUT_FOLDER, WIDENING_FOLDER}
+    known = {MANIFEST_FILE, VOCABULARY_FILE, SHARDS_FOLDER, HELD_OUT_FOLDER, WIDENING_FOLDER}
     others = (
         sorted(p.name for p in root.iterdir() if p.name not in known and not p.name.endswith(".tmp"))
         if root.exists()

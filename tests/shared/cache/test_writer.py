@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from shared.cache import files, open_cache
+from shared.cache import writer as writer_module
 from shared.cache.manifest import read_manifest, seal
 from shared.cache.records import ShardRange
 from shared.cache.verify import verify
@@ -150,6 +151,20 @@ def test_a_folder_with_other_things_is_refused(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.tex"]
     with pytest.raises(TidecacheError, match="found a file"):
         CacheWriter.open(tmp_path / "thesis.tex", synthetic.spec(), synthetic.vocabulary())
+
+
+def test_another_process_may_create_the_cache_between_two_looks(tmp_path, monkeypatch):
+    """One looks for the manifest, another writes it, the first looks at what else is in the folder."""
+    look = writer_module.refuse_foreign_folder
+
+    def meanwhile(root):
+        monkeypatch.setattr(writer_module, "refuse_foreign_folder", look)
+        CacheWriter.open(root, synthetic.spec(), synthetic.vocabulary())
+        look(root)
+
+    monkeypatch.setattr(writer_module, "refuse_foreign_folder", meanwhile)
+    writer = CacheWriter.open(tmp_path / "new", synthetic.spec(), synthetic.vocabulary())
+    assert read_manifest(tmp_path / "new").spec == writer.spec
 
 
 def test_overlapping_shards_are_refused(tmp_path):
