@@ -48,7 +48,10 @@ def main() -> None:
     remember_views()
     begin = time.monotonic()
     if "base" not in results.cells:
-        results.add("base", {"scale": scale.name, **work.measure(work.pair.base), "teacher": work.teacher_quality()})
+        found = {"scale": scale.name, **work.measure(work.pair.base), "teacher": work.teacher_quality()}
+        if scale.wide_documents:
+            found["wide"] = work.measure(work.pair.base, "wide")
+        results.add("base", found)
     for number, cell in enumerate(todo, 1):
         if time.monotonic() - begin > 60 * options.minutes:
             console.print(f"{len(todo) - number + 1} students are left: the same command goes on")

@@ -14,6 +14,7 @@ from evidence_cells import (
     CONTROLS,
     CROSS_ENTROPY,
     EQUAL_SECONDS,
+    GENERATED,
     OFFLINE,
     CacheChoice,
     Cell,
@@ -24,7 +25,7 @@ from evidence_cells import (
     offline,
     seeds_of,
 )
-from evidence_found import Found, Metric, accuracy, bits, infilled, markdown
+from evidence_found import Found, Metric, accuracy, bits, completed, infilled, markdown
 from evidence_results import half_width, spread
 
 MARGIN = 0.1  # of the distillation gain: the equivalence margin, fixed beforehand
@@ -36,6 +37,10 @@ VERBS = {"better": "gains over", "worse": "loses against", "within the spread": 
 METRICS: tuple[tuple[str, Metric, int, int], ...] = (
     ("bits per byte", bits, -1, 4),
     ("top-1, points", accuracy, 1, 2),
+)
+GENERATION_METRICS: tuple[tuple[str, Metric], ...] = (
+    ("Spans filled exactly at 1 token per forward", infilled(2)),
+    ("Functions completed to valid code at 1 token per forward", completed(1, "valid")),
 )
 
 
@@ -211,6 +216,23 @@ def in_short(found: Found) -> list[str]:
             lines.append(
                 f"**Few draws against the teacher in the loop, {name.removesuffix(', points')}**: {'; '.join(measured)}."
             )
+    return lines + generated(found)
+
+
+def generated(found: Found) -> list[str]:
+    """What wins or loses in generation against cross-entropy, on more documents."""
+    wide = [dataclasses.replace(first, documents="wide") for first in GENERATED]
+    lines = []
+    for name, metric in GENERATION_METRICS:
+        by_verdict: dict[str, list[str]] = {}
+        for first in wide[1:]:
+            difference = found.paired(first, wide[0], metric, "generation")
+            if len(difference) >= ENOUGH:
+                size = f"{first.label} ({spread(difference, 1, signed=True)} points)"
+                by_verdict.setdefault(won(difference, 1), []).append(size)
+        if by_verdict:
+            said = " — ".join(f"{verdict}: {'; '.join(sizes)}" for verdict, sizes in by_verdict.items())
+            lines.append(f"**{name}**, against cross-entropy on more documents: {said}.")
     return lines
 
 

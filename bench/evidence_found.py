@@ -31,13 +31,13 @@ def calibration(record: dict[str, Any]) -> float:
     return float(record["quality"]["all"]["calibration_error"])
 
 
-def infilled(step: int) -> Metric:
-    """Share of spans that are right, at the given place among the numbers of steps."""
-    return lambda record: 100 * float(record["infilling"][step]["exact"])
+def infilled(step: int, name: str = "exact") -> Metric:
+    """Share of spans that are right, or `valid`, at the given place among the numbers of steps."""
+    return lambda record: 100 * float(record["infilling"][step][name])
 
 
 def completed(step: int, name: str) -> Metric:
-    """Share of functions."""
+    """Share of functions that are `valid`, `exact`, or go on with the right `next_line`."""
     return lambda record: 100 * float(record["completion"][step][name])
 
 

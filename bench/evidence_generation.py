@@ -3,7 +3,9 @@
 A mode-seeking objective can lose in likelihood and win here, so both are shown. *Infilling*: in every whole block of a
 document a span of four tokens is masked, what surrounds it in its block and all earlier blocks are given, and the
 span is denoised in one to four steps. Blocks do not see each other's masks, so all spans of a document go through one
-pass. *Completion*: the sampler goes on after a function's first statement.
+pass. *Completion*: the sampler writes a function's last statement, given all before it. The prompt ends before the newline,
+since a tokenizer spells a newline and the indentation after it as one token: after a bare newline a model expects a
+line without any.
 
 Shape suffixes: B rows, L tokens of a row, N masked tokens (spans × width), S spans, W tokens of a span.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,7 @@ WIDTH = 4
 MARGIN = 14  # tokens of the block before the span
 INFILL_STEPS = (1, 2, 4)
 NEW_TOKENS = 48
-COMPLETION_STEPS = (8, 16, 48)
+COMPLETION_STEPS = (12, 48)
 ROWS = 16
 
 
@@ -51,24 +54,22 @@ def parses(text: str) -> bool:
     return parsed(text) is not None
 
 
-def documents_of(cache: Cache, limit: int) -> list[StoredDocument]:
-    """The first `limit` documents that are whole and valid Python."""
+def documents_of(cache: Cache) -> list[StoredDocument]:
+    """The documents that are whole and valid Python."""
     found: dict[str, StoredDocument] = {}
     for draw in cache.iter_draws():
-        if len(found) == limit:
-            break
         if not draw.stored.cut and parses(draw.stored.messages[0].content):
             found.setdefault(draw.document, draw.stored)
     return list(found.values())
 
 
 @torch.no_grad()
-def infilling(checkpoint: Checkpoint, cache: Cache, limit: int) -> list[dict[str, Any]]:
+def infilling(checkpoint: Checkpoint, cache: Cache) -> list[dict[str, Any]]:
     """One record per number of steps: shares of spans that are right and that leave the document valid."""
     size = checkpoint.block_size
     maker = RowMaker(checkpoint.text, cache.spec, size, context=None)
     rows: list[tuple[Row, np.ndarray]] = []
-    for stored in documents_of(cache, limit):
+    for stored in documents_of(cache):
         view = maker.view(stored)
         if view is None:
             continue
@@ -126,64 +127,78 @@ def _denoised(
         start = stop
 
 
-def functions(cache: Cache, limit: int) -> list[tuple[str, str, str]]:
-    """(text before a function, its source up to its first statement, the rest of it), one per document, at most `limit`."""
-    found: list[tuple[str, str, str]] = []
-    for stored in documents_of(cache, 10**9):
+@dataclass(frozen=True)
+class Function:
+    """A function of a document: the text before it, its source without its last statement (no newline at the end), the rest."""
+
+    before: str
+    given: str
+    rest: str
+
+
+def functions(cache: Cache) -> list[Function]:
+    """All functions of two statements or more, a docstring counted as one."""
+    found = []
+    for stored in documents_of(cache):
         text = stored.messages[0].content
         module, added = parsed(text) or (ast.Module([], []), 0)
         lines = text.splitlines(keepends=True)
         for node in ast.walk(module):
             if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and node.lineno > added:
-                first, given = node.lineno - 1 - added, (node.body[0].end_lineno or 0) - added
+                first, given = node.lineno - 1 - added, (node.body[-2].end_lineno or 0) - added
                 stop = (node.end_lineno or 0) - added
-                found.append(("".join(lines[:first]), "".join(lines[first:given]), "".join(lines[given:stop])))
-                break
-        if len(found) == limit:
-            break
+                source = "".join(lines[first:given]).removesuffix("\n")
+                found.append(Function("".join(lines[:first]), source, "\n" + "".join(lines[given:stop])))
     return found
 
 
-def completions(checkpoint: Checkpoint, cache: Cache, limit: int) -> list[dict[str, Any]]:
-    """One record per number of steps: shares of completed functions that are valid, and whose next line is right."""
-    asked = functions(cache, limit)
-    prompts = [checkpoint.encode(before + given) for before, given, _ in asked]
+def completions(checkpoint: Checkpoint, cache: Cache) -> list[dict[str, Any]]:
+    """One record per number of steps: shares of completed functions that are valid, whose next line is right, and that are
+    the document's own, blank lines apart.
+    """
+    asked = functions(cache)
+    prompts = [checkpoint.encode(one.before + one.given) for one in asked]
     records = []
     for steps in COMPLETION_STEPS:
         sampler = checkpoint.sampler()
-        valid, right = 0, 0
+        valid, line, exact = 0, 0, 0
         for start in range(0, len(asked), ROWS):
             options = SampleOptions(max_new_tokens=NEW_TOKENS, steps=steps, blocks=checkpoint.block_start)
             samples = sampler.sample(prompts[start : start + ROWS], options)
-            for (_, given, rest), sample in zip(asked[start:], samples, strict=False):
-                body = function_body(given, checkpoint.decode(sample.ids), sample.finish == "length")
-                valid += bool(body.strip()) and parses(given + body)
-                right += next_line(body) == next_line(rest)
+            for one, sample in zip(asked[start:], samples, strict=False):
+                body = function_body(one.given, checkpoint.decode(sample.ids), sample.finish == "length")
+                written, right = code_lines(body), code_lines(one.rest)
+                valid += bool(written) and parses(one.given + body)
+                line += written[:1] == right[:1]
+                exact += written == right
         records.append(
             {
                 "tokens_per_forward": sampler.usage.tokens_per_forward,
                 "functions": len(asked),
                 "valid": valid / len(asked),
-                "next_line": right / len(asked),
+                "next_line": line / len(asked),
+                "exact": exact / len(asked),
             }
         )
     return records
 
 
 def function_body(given: str, text: str, cut: bool) -> str:
-    """The lines that still belong to the function of `given`; the last one is dropped where the text was cut in it."""
+    """What of `text`, written after `given`, still belongs to the function: the rest of the line, and the lines below it that are
+    indented deeper than `def`; the last line is dropped where the text was cut in it.
+    """
     indent = len(given) - len(given.lstrip())
     lines = text.splitlines(keepends=True)
     if cut and lines and not lines[-1].endswith("\n"):
         lines.pop()
-    kept = []
-    for line in lines:
+    kept = lines[:1]
+    for line in lines[1:]:
         if line.strip() and len(line) - len(line.lstrip()) <= indent:
             break
         kept.append(line)
     return "".join(kept)
 
 
-def next_line(text: str) -> str:
-    """The first line that is not blank."""
-    return next((line.rstrip() for line in text.splitlines() if line.strip()), "")
+def code_lines(text: str) -> list[str]:
+    """The lines that are not blank."""
+    return [line.rstrip() for line in text.splitlines() if line.strip()]

@@ -46,12 +46,12 @@ class GpuScale:
 
 SCALES = {
     "gpu": GpuScale(
-        Scale("gpu", documents=1024, test_documents=320, epochs=4, batch=32, seeds=3, infill_documents=160, prompts=64,
+        Scale("gpu", documents=1024, test_documents=320, epochs=4, batch=32, seeds=3,
             learning_rate=3e-4, contexts="compdemo"),
         corpus=8000, teacher_steps=1500, base_steps=600, layers=8, batch=32,
     ),
     "smoke": GpuScale(
-        Scale("smoke", documents=6, test_documents=24, epochs=2, batch=4, seeds=1, infill_documents=3, prompts=2,
+        Scale("smoke", documents=6, test_documents=24, epochs=2, batch=4, seeds=1,
             contexts="compdemo"),
         corpus=40, teacher_steps=3, base_steps=3, layers=1, batch=2,
     ),

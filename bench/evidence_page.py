@@ -28,11 +28,19 @@ COLUMNS: tuple[tuple[str, Metric, int], ...] = (
     ("calibration error", calibration, 3),
     ("spans % at 1 token per forward", infilled(2), 1),
     ("spans % at 4", infilled(0), 1),
-    ("valid functions % at 1", completed(2, "valid"), 1),
-    ("valid at 6", completed(0, "valid"), 1),
-    ("next line % at 1", completed(2, "next_line"), 1),
+    ("valid code % at 1", infilled(2, "valid"), 1),
 )
-REFERENCES = {"settings": VALIDATED_CROSS_ENTROPY, "more documents": WIDE_CROSS_ENTROPY}
+GENERATION: tuple[tuple[str, Metric, int], ...] = (
+    ("top-1 %", accuracy, 2),
+    *((f"spans % at {4 >> place}", infilled(place), 1) for place in (2, 1, 0)),
+    *((f"valid code % at {4 >> place}", infilled(place, "valid"), 1) for place in (2, 0)),
+    *((f"valid functions % at {rate}", completed(place, "valid"), 1) for place, rate in ((1, 1), (0, 4))),
+    *(
+        (f"{name} % at 1", completed(1, key), 1)
+        for name, key in (("next line", "next_line"), ("functions exact", "exact"))
+    ),
+)
+REFERENCES = {"settings": VALIDATED_CROSS_ENTROPY, "generation": WIDE_CROSS_ENTROPY}
 LIKELIHOOD_ALONE: tuple[tuple[str, Metric, int], ...] = (("top-1 %", accuracy, 2),)
 BY_TIMESTEP: tuple[tuple[str, Metric, int], ...] = tuple(
     (f"t {low:g}–{low + 0.2:g}", bits_in(place), 3) for place, low in enumerate((0.0, 0.2, 0.4, 0.6, 0.8))
@@ -53,7 +61,7 @@ PAIR = """## The embedded pair
 
 Students are trained on {documents} documents for {epochs} epochs ({steps} steps of {batch} rows, learning rate {rate:g} unless a row
 names another) from one base, and measured on {test} documents of modules that neither model has seen and that `make demo` does not
-show. *Spans*: four masked tokens in each block, filled exactly; *functions*: what follows a function's first statement. The base
+show. *Spans*: four masked tokens in each block, filled exactly; *valid code*: the document still parses with a filled span. The base
 itself: {base_bits:.4f} bits per byte, {base_accuracy:.2f} %; the teacher on the same masks, {teacher}.
 """
 SECTIONS = (
@@ -63,8 +71,10 @@ SECTIONS = (
     ("controls", "Gains over controls", "In place of the teacher: token frequencies, a bidirectional n-gram model of the same "
         "text, label smoothing, and the teacher's own answers about other places (`bench/evidence_teachers.py`). *Completed "
         "text*: cross-entropy on the training text with masked chunks sampled from the teacher."),
-    ("more documents", "On more documents", "The spread above is over seeds, on the same documents; others differ by more. The same "
-        "students on {wide} further documents."),
+    ("generation", "Generation, and more documents", "The spread above is over seeds, on the same documents; others differ by more. "
+        "Students on {wide} further documents, which have enough functions to complete as well; *at 1*, *2*, *4*: tokens per "
+        "forward. *Valid functions*: those whose last statement the student wrote, and that parse; *next line*: its first "
+        "line is the document's; *exact*: all of it is, where it ends included. The base itself: {wide_base}."),
     ("objectives", "Objectives", "The first row that distils is the default recipe, `reverse-calm-tidal`."),
     ("TIDAL", "TIDAL", "At matched mean weight over timesteps. Heavy noise has more chunks, so per chunk an axis that favours light noise "
         "weighs less: 20 on the timestep's axis is 12 per chunk, 18 without an axis is 18."),
@@ -79,9 +89,7 @@ SECTIONS = (
 
 def question_table(found: Found, question: str) -> str:
     """One row per cell, with the paired difference to cross-entropy in bits per byte."""
-    columns = {"settings": LIKELIHOOD_ALONE, "more documents": LIKELIHOOD_ALONE, "contexts": BY_TIMESTEP}.get(
-        question, COLUMNS
-    )
+    columns = {"settings": LIKELIHOOD_ALONE, "generation": GENERATION, "contexts": BY_TIMESTEP}.get(question, COLUMNS)
     head = ["student", "seeds", "bits per byte", "− cross-entropy's", *[name for name, _, _ in columns]]
     rows = []
     for first in dict.fromkeys(c for q, c in grid(found.scale) if q == question):
@@ -117,6 +125,15 @@ def pair_introduction(found: Found) -> str:
     )  # fmt: skip
 
 
+def wide_base(found: Found) -> str:
+    """The base on the documents of the generation, as the columns of its table."""
+    base = found.results.cells["base"].get("wide")
+    if base is None:
+        return "not measured yet"
+    columns = (("bits per byte", bits, 4), *GENERATION)
+    return ", ".join(f"{name} {metric(base):.{digits}f}" for name, metric, digits in columns)
+
+
 def write_kept(page: Path = ROOT / "docs" / "evidence.md", readme: Path = ROOT / "README.md") -> None:
     """Write the page of the results that are kept in the repository, and README's table."""
     found = Found(FULL, Results(FULL_RESULTS))
@@ -146,11 +163,14 @@ def write_page(path: Path, found: Found, exact: Exact) -> None:
     sandbox = section(exact)
     parts += [*sandbox[:4], *image("exact-draws"), *sandbox[4:], pair_introduction(found)]
     for question, title, note in SECTIONS:
-        parts.append(f"### {title}\n\n{note.format(wide=found.scale.wide_documents)}\n")
+        note = note.format(wide=found.scale.wide_documents, wide_base=wide_base(found))
+        parts.append(f"### {title}\n\n{note}\n")
         if question == "offline and online":
             parts += [equivalence(found) + "\n", *image("draws-accuracy")]
         if question == "controls":
-            parts += [gains(found) + "\n", *image("generation")]
+            parts.append(gains(found) + "\n")
+        if question == "generation":
+            parts += [*image("generation"), *image("functions")]
         if question == "contexts":
             parts += image("timesteps")
         parts.append(question_table(found, question) + "\n")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable
 
 from evidence_cells import BEST, CROSS_ENTROPY, OFFLINE, CacheChoice, cell, events, in_context, offline
 from evidence_claims import QUESTION
-from evidence_found import Found, Metric, accuracy, bits, bits_in, infilled
+from evidence_found import Found, Metric, accuracy, bits, bits_in
 from evidence_results import half_width
 from exact_cells import Cell as ExactCell
 from exact_page import Exact
@@ -74,23 +75,24 @@ def timestep_plot(found: Found) -> Plot | None:
     return shown(Plot("Bits per byte minus cross-entropy's, by timestep", "t", "bits per byte", curves, include=(0.0,)))
 
 
-def generation_plot(found: Found) -> Plot | None:
-    """Infilled spans against tokens per forward."""
+def generation_plot(found: Found, task: str, name: str, title: str) -> Plot | None:
+    """Shares of spans (`infilling`) or functions (`completion`) against tokens per forward."""
     curves = []
     firsts = (
-        ("cross-entropy", CROSS_ENTROPY, "controls"),
-        ("event KL", events(), "controls"),
-        ("reverse event KL", cell("reverse-kl", **BEST), "objectives"),
-        ("Reverse CALM", cell("reverse-calm"), "objectives"),
+        ("cross-entropy", CROSS_ENTROPY),
+        ("event KL", events()),
+        ("reverse event KL", cell("reverse-kl", **BEST)),
+        ("Reverse CALM", cell("reverse-calm", tidal="weight")),
     )
-    for colour, (name, first, question) in enumerate(firsts):
-        records = found.records(first, question)
-        if not records:
-            continue
-        steps = range(len(records[0]["infilling"]))
-        x = [records[0]["infilling"][s]["tokens_per_forward"] for s in steps]
-        curves.append(curve(name, [(x[s], [infilled(s)(r) for r in records]) for s in steps], colour))
-    return shown(Plot("Spans filled exactly against tokens per forward", "tokens per forward", "%", curves))
+    for colour, (student, first) in enumerate(firsts):
+        records = [r[task] for r in found.records(dataclasses.replace(first, documents="wide"), "generation")]
+        if records:
+            points = [
+                (steps[0]["tokens_per_forward"], [100 * float(one[name]) for one in steps])
+                for steps in zip(*records, strict=True)
+            ]
+            curves.append(curve(student, points, colour))
+    return shown(Plot(f"{title} against tokens per forward", "tokens per forward", "%", curves))
 
 
 def exact_draws_plot(exact: Exact, setting: str) -> Plot | None:
@@ -115,6 +117,7 @@ def plots_of(found: Found, exact: Exact) -> dict[str, Plot]:
         "draws": lambda: draws_plot(found, bits, "bits per byte"),
         "draws-accuracy": lambda: draws_plot(found, accuracy, "top-1, points"),
         "timesteps": lambda: timestep_plot(found),
-        "generation": lambda: generation_plot(found),
+        "generation": lambda: generation_plot(found, "infilling", "exact", "Spans filled exactly"),
+        "functions": lambda: generation_plot(found, "completion", "valid", "Functions completed to valid code"),
     }
     return {name: plot for name, make in made.items() if (plot := make()) is not None}

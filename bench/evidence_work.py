@@ -247,17 +247,18 @@ class Workshop:
         return float(train(config, str(cache), base, out, console=Console(quiet=True))["seconds"])
 
     def measure(self, model: Path | str, documents: str = "test") -> dict[str, Any]:
-        """Likelihood, accuracy and calibration on held-out draws; generation too, on `test`."""
+        """Likelihood, accuracy and calibration on held-out draws; infilling on all but `validation`, and completion on `wide`,
+        the others having few functions.
+        """
         checkpoint = open_checkpoint(model, device=self.pair.device)
         cache = self.measured_on(documents)
         found = evaluate(checkpoint.student, cache, checkpoint.block_size, device=self.pair.device)
-        measured = {"quality": found.to_json(), "bits_per_byte": bound(found)}
-        if documents != "test":
-            return measured
-        return measured | {
-            "infilling": infilling(checkpoint, cache, self.scale.infill_documents),
-            "completion": completions(checkpoint, cache, self.scale.prompts),
-        }
+        measured: dict[str, Any] = {"quality": found.to_json(), "bits_per_byte": bound(found)}
+        if documents != "validation":
+            measured["infilling"] = infilling(checkpoint, cache)
+        if documents == "wide":
+            measured["completion"] = completions(checkpoint, cache)
+        return measured
 
     def teacher_quality(self) -> dict[str, Any]:
         """The embedded teacher on the same draws, by context: a reference, since it sees another context."""

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import evidence_page  # noqa: E402
 import evidence_teachers  # noqa: E402
 from evidence_cells import CROSS_ENTROPY, FULL, TEST, CacheChoice, Cell, cells, events, grid, offline, quick_grid  # noqa: E402
 from evidence_found import Found  # noqa: E402
-from evidence_generation import function_body, next_line, parses  # noqa: E402
+from evidence_generation import Function, code_lines, function_body, functions, parses  # noqa: E402
 from evidence_results import Results  # noqa: E402
 from ngram import BidirectionalNgram  # noqa: E402
 
@@ -168,12 +169,35 @@ def test_what_is_said_in_short_follows_the_results(tmp_path: Path) -> None:
 
 
 def test_functions_are_cut_where_they_end() -> None:
-    assert function_body("def f(x):\n", "    return 1\n\ny = 2\n", cut=False) == "    return 1\n\n"
-    assert function_body("    def f(x):\n", "        return 1\n    def g", cut=False) == "        return 1\n"
-    assert function_body("def f(x):\n", "    a = 1\n    b =", cut=True) == "    a = 1\n"
-    assert next_line("\n\n    a = 1  \n") == "    a = 1"
+    assert function_body("def f(x):", "\n    return 1\n\ny = 2\n", cut=False) == "\n    return 1\n\n"
+    assert function_body("    def f(x):", "\n        return 1\n    def g", cut=False) == "\n        return 1\n"
+    assert function_body("def f(x):", "\n    a = 1\n    b =", cut=True) == "\n    a = 1\n"
+    assert function_body("def f(x):\n    a = 1", " + x\n    return a", cut=False) == " + x\n    return a"
+    assert function_body("def f(x):", "", cut=True) == ""
+    assert code_lines("\n\n    a = 1  \n") == ["    a = 1"]
     assert parses("    def f(self):\n        pass\n")
     assert not parses("def f(:\n    pass\n")
+
+
+def test_functions_are_asked_without_their_last_statement() -> None:
+    text = (
+        "    x = 0\n\n    def f(self):\n        a = 1\n\n        # last\n        return a\n\n    def g(self):\n        pass\n"
+        "    def h(self):\n        '''Said.'''\n        return (1,\n                2)\n"
+    )
+
+    def draw(name: str, content: str, cut: bool = False) -> Any:
+        return SimpleNamespace(
+            document=name, stored=SimpleNamespace(cut=cut, messages=[SimpleNamespace(content=content)])
+        )
+
+    draws = [draw("a", text), draw("a", text), draw("b", text, cut=True), draw("c", "def f(:\n    pass\n")]
+    first, second = functions(SimpleNamespace(iter_draws=lambda: draws))  # type: ignore[arg-type]
+    assert first == Function(
+        "    x = 0\n\n", "    def f(self):\n        a = 1", "\n\n        # last\n        return a\n"
+    )
+    assert second.before + second.given + second.rest == text
+    assert code_lines(second.rest) == ["        return (1,", "                2)"]
+    assert parses(second.given + function_body(second.given, second.rest, cut=False))
 
 
 @pytest.mark.slow
