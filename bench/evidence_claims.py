@@ -271,9 +271,9 @@ def front_table(found: Found) -> str:
 
     whole = found.scale.draws
     row("cross-entropy", CROSS_ENTROPY, "controls", 0, "cross-entropy")
-    row("Reverse CALM, TIDAL (default)", cell("reverse-calm", tidal="weight"), "objectives", 0, "")
+    row("Reverse CALM, TIDAL (default)", cell("reverse-calm", tidal="weight"), "objectives", 0, "default")
     row("event KL, n-gram teacher", events(CacheChoice(teacher="ngram")), "controls", 0, "")
-    row("**event KL, cached**, 2 draws, halves again", offline(2, 0.0, "halves"), QUESTION, 2, "cache")
+    row("**event KL, cached**, 2 draws, halves again", offline(2, 0.0, "halves"), QUESTION, 2, "halves")
     row("**event KL, cached**, a draw per epoch", ONLINE, QUESTION, whole, "cache")
     row("event KL, teacher in the loop", ONLINE, QUESTION, 0, "online")
     head = ["student", "bits per byte", "top-1 %", "spans %", "cache", "training, s", "memory"]

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from evidence_cells import CROSS_ENTROPY, SCALES, CacheChoice, Cell, events
+from evidence_cells import CROSS_ENTROPY, SCALES, CacheChoice, cell, events, offline
 from evidence_work import Pair, Workshop
 from rich.console import Console
 
@@ -25,6 +25,14 @@ from stage1_teacher.options import CaptureOptions
 
 CAPTURED = (1, 2)
 K = 16
+ONLINE = "online"
+TRAINED = {
+    "cross-entropy": CROSS_ENTROPY,
+    "default": cell("reverse-calm", tidal="weight"),
+    "halves": offline(2, 0.0, "halves"),
+    "cache": events(),
+    ONLINE: events(),
+}
 
 
 def costs_of(folder: Path, scale: str) -> dict[str, Any]:
@@ -42,7 +50,7 @@ def costs_of(folder: Path, scale: str) -> dict[str, Any]:
     draws = [*CAPTURED, SCALES[scale].draws]
     return {
         "captures": {str(count): child("capture", str(count)) for count in draws},
-        "trains": {kind: child("train", kind) for kind in ("cross-entropy", "cache", "online")},
+        "trains": {kind: child("train", kind) for kind in TRAINED},
     }
 
 
@@ -54,14 +62,13 @@ def captured(work: Workshop, draws: int, name: str = "costs") -> dict[str, Any]:
 
 def trained(work: Workshop, kind: str) -> dict[str, Any]:
     """Train one student; `online` with the teacher in memory, and its time added; `prepare`: only make the cache."""
-    cell: Cell = CROSS_ENTROPY if kind == "cross-entropy" else events()
     if kind == "prepare":
-        return {"cache": str(work.cache_of(cell.cache))}
-    if kind != "online":
-        return {"seconds": work.train(cell)}
+        return {"caches": [str(work.cache_of(one.cache)) for one in TRAINED.values()]}
+    if kind != ONLINE:
+        return {"seconds": work.train(TRAINED[kind])}
     teacher, _ = Draft.of(CaptureOptions(teacher=Pair().teacher, corpus=str(work.corpora["train"]), limit=1)).load()
-    alone = work.train(cell)
-    teacher_seconds = captured(work, work.scale.draws, "online")["teacher_seconds"]
+    alone = work.train(TRAINED[kind])
+    teacher_seconds = captured(work, work.scale.draws, ONLINE)["teacher_seconds"]
     return {"seconds": alone + teacher_seconds, "teacher_seconds": teacher_seconds, "teacher": teacher.name}
 
 

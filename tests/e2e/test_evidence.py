@@ -224,6 +224,7 @@ def test_costs_are_measured_in_processes_of_their_own(tmp_path: Path) -> None:
     found = evidence_costs.costs_of(tmp_path, "test")
     assert list(found["captures"]) == ["1", "2"]
     assert found["captures"]["2"]["bytes"] > found["captures"]["1"]["bytes"] > 0
+    assert list(found["trains"]) == ["cross-entropy", "default", "halves", "cache", "online"]
     assert found["trains"]["online"]["seconds"] > found["trains"]["online"]["teacher_seconds"] > 0
     assert all(part["peak_mb"] > 100 for part in (*found["captures"].values(), *found["trains"].values()))
     assert "| 2 |" in evidence_claims.costs(found)
