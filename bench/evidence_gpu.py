@@ -63,9 +63,9 @@ def grid(scale: Scale) -> list[Cell]:
     found = [CROSS_ENTROPY]
     for draws in (1, 2, 0):
         for fresh in (0.0, 0.5) if draws else (0.0,):
-            found.append(events(CacheChoice(draws=draws), fresh=fresh, timestep_weight="uniform"))
-    halves = [events(CacheChoice(draws=draws), reuse="halves", timestep_weight="uniform") for draws in (1, 2)]
-    return [*found, *halves, events(CacheChoice(teacher="ngram"), timestep_weight="uniform")]
+            found.append(events(CacheChoice(draws=draws), fresh=fresh))
+    halves = [events(CacheChoice(draws=draws), reuse="halves") for draws in (1, 2)]
+    return [*found, *halves, events(CacheChoice(teacher="ngram"))]
 
 
 def continued(model: str, out: Path, steps: int, layers: int | None, scale: GpuScale) -> Path:

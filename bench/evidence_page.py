@@ -78,8 +78,8 @@ SECTIONS = (
     ("objectives", "Objectives", "The first row that distils is the default recipe, `reverse-calm-tidal`."),
     ("TIDAL", "TIDAL", "At matched mean weight over timesteps. Heavy noise has more chunks, so per chunk an axis that favours light noise "
         "weighs less: 20 on the timestep's axis is 12 per chunk, 18 without an axis is 18."),
-    ("contexts", "Contexts and directions", "By timestep. Reverse CALM with weight 1, the others tuned."),
-    ("candidates", "Candidates per chunk", "Event KL, tuned; `k` fillings of each chunk are stored."),
+    ("contexts", "Contexts and directions", "By timestep. Reverse CALM with weight 1, the others tuned, KL with measured weights."),
+    ("candidates", "Candidates per chunk", "`k` fillings of each chunk are stored."),
     ("mask laws", "Mask laws", "Whole chunks are masked with probability t, or those with a masked token."),
     ("tokenizers", "Declared student tokenizers", "More declared tokenizers make longer chunks. `declared=False`: the cache "
         "declares another tokenizer than the student's."),

@@ -40,11 +40,10 @@ from stage1_teacher.options import CaptureOptions
 from stage1_teacher.plan_sample import Unheard
 from stage1_teacher.shards import LocalEngine, ShardMaker
 from stage2_student import data
-from stage2_student.config import MEASURED, base_defaults, load_recipe
+from stage2_student.config import base_defaults, load_recipe
 from stage2_student.data import View
 from stage2_student.evaluation import evaluate, evaluate_teacher
 from stage2_student.inference import open_checkpoint
-from stage2_student.reliability import measured_weights
 from stage2_student.run import train
 from stage2_student.score import bound
 
@@ -238,11 +237,6 @@ class Workshop:
             "seed": cell.seed,
             **dict(cell.recipe),
         }
-        if overrides.get("timestep_weight") == MEASURED and cell.cache.teacher != "tiny":
-            # A control has no reliability to be measured, or another: what differs shall be the answers alone.
-            overrides["timestep_weight"] = measured_weights(
-                [open_cache(self.cache_of(CacheChoice()))], [1.0], "compdemo"
-            )
         config = load_recipe("reverse-calm-tidal", overrides, base_defaults(base))
         return float(train(config, str(cache), base, out, console=Console(quiet=True))["seconds"])
 
