@@ -134,6 +134,11 @@ class TrainConfig:
                 raise TidecacheError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}{hint}")
         if self.timestep_weight not in (*TIMESTEP_WEIGHTS, MEASURED):
             bin_weights(self.timestep_weight)
+        if self.timestep_weight == MEASURED and self.tidal == "none":
+            raise TidecacheError(
+                "timestep_weight: measured weights are TIDAL's, found tidal none: pass --tidal weight, or "
+                "--timestep-weight uniform"
+            )
         for name, lowest in LOWEST.items():
             value = getattr(self, name)
             if value < lowest:

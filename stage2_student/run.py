@@ -184,8 +184,7 @@ def prepare(
     if automatic:
         config = dataclasses.replace(config, fresh=automatic_fresh(uses, config.reuse))
     if config.timestep_weight == MEASURED:
-        used = distills and config.tidal != "none"
-        weights = measured_weights(opened, draws.mixture.shares, config.context) if used else "uniform"
+        weights = measured_weights(opened, draws.mixture.shares, config.context) if distills else "uniform"
         config = dataclasses.replace(config, timestep_weight=weights)
     makers = [
         RowMaker(

@@ -193,6 +193,10 @@ def test_an_unknown_field_is_refused_with_the_near_ones(tmp_path: Path) -> None:
         ({"epochs": 0.0}, "epochs: expected a number above 0"),
         ({"objective": "kl", "gold_share": 1.0}, "gold_share: expected a number from 0 to below 1, found 1"),
         ({"objective": "calm", "gold_share": 0.5}, "gold_share: mixes the gold into the target of kl and reverse-kl"),
+        (
+            {"timestep_weight": "measured", "tidal": "none"},
+            "measured weights are TIDAL's, found tidal none: pass --tidal weight",
+        ),
         ({"timestep_weight": "midrang"}, "timestep_weight: expected one of uniform, midrange, measured, or numbers"),
         ({"timestep_weight": "1"}, "timestep_weight: expected at least two numbers"),
     ],
