@@ -194,6 +194,16 @@ def lighter(teacher: str) -> Cell:
     return events(CacheChoice(teacher=teacher), distill_weight=1.0)
 
 
+def without_tidal() -> Cell:
+    """As `BEST`, its mean weight the same on every chunk."""
+    return cell("kl", distill_weight=0.9 * BEST["distill_weight"], gold_share=BEST["gold_share"])
+
+
+def undeclared() -> Cell:
+    """From a cache that declares another tokenizer than the student's."""
+    return measured(CacheChoice(declared=False), min_coverage=0.0)
+
+
 def longer(scale: Scale) -> Cell:
     """Cross-entropy for as many seconds as event KL takes; the rows beyond the stored draws have fresh masks."""
     steps = round(scale.steps * EQUAL_SECONDS)
@@ -233,7 +243,7 @@ def grid(scale: Scale) -> Iterator[tuple[str, Cell]]:
 
     # At matched mean weight: λ is ½ on average over training, and λ_max = 0.9 on the timestep's axis.
     mean, gold = 0.9 * BEST["distill_weight"], BEST["gold_share"]
-    yield "TIDAL", cell("kl", distill_weight=mean, gold_share=gold)
+    yield "TIDAL", without_tidal()
     for axis in ("both", "training", "timestep"):
         weight = round(mean / (0.9 if axis == "timestep" else 0.5), 4)
         yield "TIDAL", cell("kl", tidal="weight", tidal_axis=axis, distill_weight=weight, gold_share=gold)
@@ -254,7 +264,7 @@ def grid(scale: Scale) -> Iterator[tuple[str, Cell]]:
 
     for tokenizers in (1, 2, 3, 4):
         yield "tokenizers", measured(CacheChoice(tokenizers=tokenizers))
-    yield "tokenizers", measured(CacheChoice(declared=False), min_coverage=0.0)
+    yield "tokenizers", undeclared()
 
 
 def settings() -> Iterator[tuple[str, Cell]]:

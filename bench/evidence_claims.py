@@ -20,10 +20,14 @@ from evidence_cells import (
     Cell,
     cell,
     events,
+    in_context,
     lighter,
     longer,
+    measured,
     offline,
     seeds_of,
+    undeclared,
+    without_tidal,
 )
 from evidence_found import Found, Metric, accuracy, bits, completed, infilled, markdown
 from evidence_results import half_width, spread
@@ -31,6 +35,7 @@ from evidence_results import half_width, spread
 MARGIN = 0.1  # of the distillation gain: the equivalence margin, fixed beforehand
 ENOUGH = 3
 ONLINE = events()
+DEFAULT = cell("reverse-calm", tidal="weight")
 QUESTION = "offline and online"
 VERBS = {"better": "gains over", "worse": "loses against", "within the spread": "does not differ from"}
 # (name, metric, sign of what is better, digits)
@@ -216,7 +221,64 @@ def in_short(found: Found) -> list[str]:
             lines.append(
                 f"**Few draws against the teacher in the loop, {name.removesuffix(', points')}**: {'; '.join(measured)}."
             )
-    return lines + generated(found)
+    return lines + generated(found) + compared(found)
+
+
+def reference(question: str, first: Cell) -> Cell | None:
+    """What a student of a side question is held to; None: it is that itself, or its section has no such verdict."""
+    references = {
+        "objectives": CROSS_ENTROPY,
+        "TIDAL": without_tidal(),
+        "contexts": dataclasses.replace(first, recipe=tuple(p for p in first.recipe if p[0] != "context")),
+        "candidates": measured(),
+        "mask laws": dataclasses.replace(first, cache=CacheChoice()),
+        "tokenizers": measured(),
+    }
+    found = references.get(question)
+    return None if found == first else found
+
+
+REFERENCE_NAMES = {
+    "objectives": "cross-entropy", "TIDAL": "no TIDAL", "contexts": "compdemo", "candidates": "k = 16",
+    "mask laws": "whole chunks", "tokenizers": "its tokenizer alone",
+}  # fmt: skip
+
+
+def verdicts(found: Found, question: str, first: Cell) -> list[str]:
+    """Whether a student of a side question is better or worse than its reference in bits per byte and in top-1, by the rule of
+    gains; of the reference itself nothing.
+    """
+    held = reference(question, first)
+    differences = (
+        [(found.paired(first, held, metric, question), better) for _, metric, better, _ in METRICS] if held else []
+    )
+    return [won(difference, better) for difference, better in differences] or ["", ""]
+
+
+def compared(found: Found) -> list[str]:
+    """One side question per line: what each choice changes, all else the same."""
+    fours = CacheChoice(tokenizers=4)
+    pairs = (
+        ("The default recipe, Reverse CALM with TIDAL, against cross-entropy", DEFAULT, CROSS_ENTROPY, "objectives"),
+        ("TIDAL on the timestep's axis, against the same mean weight without it", ONLINE, without_tidal(), "TIDAL"),
+        ("Measured timestep weights, against uniform ones", measured(), ONLINE, "objectives"),
+        ("CompDemo's context against the plain one, event KL", measured(), in_context("kl", "plain"), "contexts"),
+        ("One stored candidate per chunk, against 16", measured(CacheChoice(k=1)), measured(), "candidates"),
+        ("Four declared tokenizers, against the student's alone", measured(fours), measured(), "tokenizers"),
+        ("A cache that does not declare the student's tokenizer", undeclared(), measured(), "tokenizers"),
+        ("Masking by tokens instead of whole chunks", measured(CacheChoice(mask_law="token")), measured(), "mask laws"),
+    )
+    lines = []
+    for name, one, other, question in pairs:
+        said = []
+        for metric_name, metric, better, digits in METRICS:
+            difference = found.paired(one, other, metric, question)
+            if len(difference) >= ENOUGH:
+                size = spread(difference, digits, signed=True)
+                said.append(f"{metric_name.removesuffix(', points')} {won(difference, better)} ({size})")
+        if said:
+            lines.append(f"**{name}**: {'; '.join(said)}.")
+    return lines
 
 
 def generated(found: Found) -> list[str]:
@@ -271,7 +333,7 @@ def front_table(found: Found) -> str:
 
     whole = found.scale.draws
     row("cross-entropy", CROSS_ENTROPY, "controls", 0, "cross-entropy")
-    row("Reverse CALM, TIDAL (default)", cell("reverse-calm", tidal="weight"), "objectives", 0, "default")
+    row("Reverse CALM, TIDAL (default)", DEFAULT, "objectives", 0, "default")
     row("event KL, n-gram teacher", events(CacheChoice(teacher="ngram")), "controls", 0, "")
     row("**event KL, cached**, 2 draws, halves again", offline(2, 0.0, "halves"), QUESTION, 2, "halves")
     row("**event KL, cached**, a draw per epoch", ONLINE, QUESTION, whole, "cache")

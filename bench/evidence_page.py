@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from evidence_cells import BEST, CROSS_ENTROPY, FULL, VALIDATED_CROSS_ENTROPY, WIDE_CROSS_ENTROPY, grid
-from evidence_claims import costs, equivalence, front_table, gains, in_short
+from evidence_claims import REFERENCE_NAMES, costs, equivalence, front_table, gains, in_short, verdicts
 from evidence_found import Found, Metric, accuracy, bits, bits_in, calibration, completed, infilled, markdown
 from evidence_plots import plots_of, standalone
 from evidence_results import Results, spread
@@ -91,6 +91,8 @@ def question_table(found: Found, question: str) -> str:
     """One row per cell, with the paired difference to cross-entropy in bits per byte."""
     columns = {"settings": LIKELIHOOD_ALONE, "generation": GENERATION, "contexts": BY_TIMESTEP}.get(question, COLUMNS)
     head = ["student", "seeds", "bits per byte", "− cross-entropy's", *[name for name, _, _ in columns]]
+    if question in REFERENCE_NAMES:
+        head += [f"bits, against {REFERENCE_NAMES[question]}", "top-1, against it"]
     rows = []
     for first in dict.fromkeys(c for q, c in grid(found.scale) if q == question):
         records = found.records(first, question)
@@ -99,7 +101,8 @@ def question_table(found: Found, question: str) -> str:
         reference = REFERENCES.get(question, CROSS_ENTROPY)
         difference = found.paired(first, reference, bits, question) if first != reference else []
         row = [first.label, str(len(records)), spread([bits(r) for r in records]), spread(difference, signed=True)]
-        rows.append(row + [spread([metric(r) for r in records], digits) for _, metric, digits in columns])
+        row += [spread([metric(r) for r in records], digits) for _, metric, digits in columns]
+        rows.append(row + (verdicts(found, question, first) if question in REFERENCE_NAMES else []))
     return markdown(head, rows) if rows else "Not measured yet."
 
 

@@ -162,6 +162,16 @@ def test_what_is_said_in_short_follows_the_results(tmp_path: Path) -> None:
     said = " ".join(evidence_claims.in_short(found))
     assert "event KL gains over cross-entropy (-0.1000 ± 0.0000)" in said
     assert "2 draws, halves: worse" in said
+    default = evidence_claims.DEFAULT
+    put(default, 1.95)
+    assert evidence_claims.verdicts(found, "objectives", default) == ["better", "better"]
+    assert evidence_claims.verdicts(found, "objectives", CROSS_ENTROPY) == ["", ""]
+    put(evidence_claims.without_tidal(), 1.89)
+    (line, tidal) = evidence_claims.compared(found)
+    assert line.startswith(
+        "**The default recipe, Reverse CALM with TIDAL, against cross-entropy**: bits per byte better (-0.05"
+    )
+    assert "without it**: bits per byte worse (+0.0100 ± 0.0000); top-1 worse (-0.01 ± 0.00)" in tidal
     results.add("base", {**record(2.2), "teacher": {}})
     table = evidence_claims.front_table(found)
     assert "| base | 2.2000 |" in table
