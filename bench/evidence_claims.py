@@ -13,12 +13,12 @@ from typing import Any
 from evidence_cells import (
     CONTROLS,
     CROSS_ENTROPY,
+    DEFAULT,
     EQUAL_SECONDS,
     GENERATED,
     OFFLINE,
     CacheChoice,
     Cell,
-    cell,
     events,
     in_context,
     lighter,
@@ -35,7 +35,6 @@ from evidence_results import half_width, spread
 MARGIN = 0.1  # of the distillation gain: the equivalence margin, fixed beforehand
 ENOUGH = 3
 ONLINE = events()
-DEFAULT = cell("reverse-calm", tidal="weight")
 QUESTION = "offline and online"
 VERBS = {"better": "gains over", "worse": "loses against", "within the spread": "does not differ from"}
 # (name, metric, sign of what is better, digits)
@@ -130,7 +129,12 @@ def others(found: Found) -> list[tuple[str, Cell]]:
     """What the best recipe must beat."""
     return [
         ("cross-entropy, equal steps", CROSS_ENTROPY),
-        ("cross-entropy, equal seconds", longer(found.scale)),
+        *(
+            (f"cross-entropy, {name}", longer(found.scale, factor))
+            for name, factor in zip(
+                ("equal training seconds", "equal seconds with the capture"), EQUAL_SECONDS, strict=True
+            )
+        ),
         ("cross-entropy on completed text", dataclasses.replace(CROSS_ENTROPY, cache=CacheChoice(teacher="completed"))),
         *((f"event KL, {teacher} teacher", events(CacheChoice(teacher=teacher))) for teacher in CONTROLS),
         ("event KL, ngram teacher, weight 1", lighter("ngram")),

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from evidence_cells import CROSS_ENTROPY, SCALES, CacheChoice, cell, events, offline
+from evidence_cells import CROSS_ENTROPY, DEFAULT, SCALES, CacheChoice, events, offline
 from evidence_work import Pair, Workshop
 from rich.console import Console
 
@@ -28,7 +28,7 @@ K = 16
 ONLINE = "online"
 TRAINED = {
     "cross-entropy": CROSS_ENTROPY,
-    "default": cell("reverse-calm", tidal="weight"),
+    "default": DEFAULT,
     "halves": offline(2, 0.0, "halves"),
     "cache": events(),
     ONLINE: events(),

@@ -148,13 +148,21 @@ def functions(cache: Cache) -> list[Function]:
                 first, given = node.lineno - 1 - added, (node.body[-2].end_lineno or 0) - added
                 stop = (node.end_lineno or 0) - added
                 source = "".join(lines[first:given]).removesuffix("\n")
-                found.append(Function("".join(lines[:first]), source, "\n" + "".join(lines[given:stop])))
+                one = Function("".join(lines[:first]), source, "\n" + "".join(lines[given:stop]))
+                if code_lines(one.rest):  # not `a; b` on one line
+                    found.append(one)
     return found
 
 
+def statements(source: str) -> int:
+    """Of the function that `source` begins with; 0: it is not valid."""
+    found = parsed(source)
+    return len(next(node.body for node in ast.walk(found[0]) if isinstance(node, ast.FunctionDef))) if found else 0
+
+
 def completions(checkpoint: Checkpoint, cache: Cache) -> list[dict[str, Any]]:
-    """One record per number of steps: shares of completed functions that are valid, whose next line is right, and that are
-    the document's own, blank lines apart.
+    """One record per number of steps: shares of functions that are valid with another statement, whose next line is right, and
+    that are and end as the document's own, blank lines apart.
     """
     asked = functions(cache)
     prompts = [checkpoint.encode(one.before + one.given) for one in asked]
@@ -166,11 +174,11 @@ def completions(checkpoint: Checkpoint, cache: Cache) -> list[dict[str, Any]]:
             options = SampleOptions(max_new_tokens=NEW_TOKENS, steps=steps, blocks=checkpoint.block_start)
             samples = sampler.sample(prompts[start : start + ROWS], options)
             for one, sample in zip(asked[start:], samples, strict=False):
-                body = function_body(one.given, checkpoint.decode(sample.ids), sample.finish == "length")
+                body, ended = function_body(one.given, checkpoint.decode(sample.ids), sample.finish == "length")
                 written, right = code_lines(body), code_lines(one.rest)
-                valid += bool(written) and parses(one.given + body)
+                valid += statements(one.given + body) > statements(one.given)
                 line += written[:1] == right[:1]
-                exact += written == right
+                exact += ended and written == right
         records.append(
             {
                 "tokens_per_forward": sampler.usage.tokens_per_forward,
@@ -183,9 +191,9 @@ def completions(checkpoint: Checkpoint, cache: Cache) -> list[dict[str, Any]]:
     return records
 
 
-def function_body(given: str, text: str, cut: bool) -> str:
-    """What of `text`, written after `given`, still belongs to the function: the rest of the line, and the lines below it that are
-    indented deeper than `def`; the last line is dropped where the text was cut in it.
+def function_body(given: str, text: str, cut: bool) -> tuple[str, bool]:
+    """What of `text`, written after `given`, still belongs to the function, and whether the function ended in it: the rest of the
+    line, and the lines below it that are indented deeper than `def`; the last line is dropped where the text was cut in it.
     """
     indent = len(given) - len(given.lstrip())
     lines = text.splitlines(keepends=True)
@@ -194,9 +202,9 @@ def function_body(given: str, text: str, cut: bool) -> str:
     kept = lines[:1]
     for line in lines[1:]:
         if line.strip() and len(line) - len(line.lstrip()) <= indent:
-            break
+            return "".join(kept), True
         kept.append(line)
-    return "".join(kept)
+    return "".join(kept), not cut
 
 
 def code_lines(text: str) -> list[str]:

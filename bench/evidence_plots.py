@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable
 
-from evidence_cells import BEST, CROSS_ENTROPY, OFFLINE, CacheChoice, cell, events, in_context, offline
+from evidence_cells import BEST, CROSS_ENTROPY, DEFAULT, OFFLINE, CacheChoice, cell, events, in_context, offline
 from evidence_claims import QUESTION
 from evidence_found import Found, Metric, accuracy, bits, bits_in
 from evidence_results import half_width
@@ -82,7 +82,7 @@ def generation_plot(found: Found, task: str, name: str, title: str) -> Plot | No
         ("cross-entropy", CROSS_ENTROPY),
         ("event KL", events()),
         ("reverse event KL", cell("reverse-kl", **BEST)),
-        ("Reverse CALM", cell("reverse-calm", tidal="weight")),
+        ("Reverse CALM", DEFAULT),
     )
     for colour, (student, first) in enumerate(firsts):
         records = [r[task] for r in found.records(dataclasses.replace(first, documents="wide"), "generation")]

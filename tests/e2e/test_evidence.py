@@ -21,9 +21,24 @@ import evidence_claims  # noqa: E402
 import evidence_costs  # noqa: E402
 import evidence_page  # noqa: E402
 import evidence_teachers  # noqa: E402
-from evidence_cells import CROSS_ENTROPY, FULL, TEST, CacheChoice, Cell, cells, events, grid, offline, quick_grid  # noqa: E402
+from evidence_cells import (  # noqa: E402
+    CROSS_ENTROPY,
+    DEFAULT,
+    FULL,
+    TEST,
+    CacheChoice,
+    Cell,
+    cells,
+    events,
+    grid,
+    measured,
+    offline,
+    quick_grid,
+    undeclared,
+    without_tidal,
+)  # fmt: skip
 from evidence_found import Found  # noqa: E402
-from evidence_generation import Function, code_lines, function_body, functions, parses  # noqa: E402
+from evidence_generation import Function, code_lines, function_body, functions, parses, statements  # noqa: E402
 from evidence_results import Results  # noqa: E402
 from ngram import BidirectionalNgram  # noqa: E402
 
@@ -162,11 +177,10 @@ def test_what_is_said_in_short_follows_the_results(tmp_path: Path) -> None:
     said = " ".join(evidence_claims.in_short(found))
     assert "event KL gains over cross-entropy (-0.1000 ± 0.0000)" in said
     assert "2 draws, halves: worse" in said
-    default = evidence_claims.DEFAULT
-    put(default, 1.95)
-    assert evidence_claims.verdicts(found, "objectives", default) == ["better", "better"]
+    put(DEFAULT, 1.95)
+    assert evidence_claims.verdicts(found, "objectives", DEFAULT) == ["better", "better"]
     assert evidence_claims.verdicts(found, "objectives", CROSS_ENTROPY) == ["", ""]
-    put(evidence_claims.without_tidal(), 1.89)
+    put(without_tidal(), 1.89)
     (line, tidal) = evidence_claims.compared(found)
     assert line.startswith(
         "**The default recipe, Reverse CALM with TIDAL, against cross-entropy**: bits per byte better (-0.05"
@@ -179,11 +193,20 @@ def test_what_is_said_in_short_follows_the_results(tmp_path: Path) -> None:
 
 
 def test_functions_are_cut_where_they_end() -> None:
-    assert function_body("def f(x):", "\n    return 1\n\ny = 2\n", cut=False) == "\n    return 1\n\n"
-    assert function_body("    def f(x):", "\n        return 1\n    def g", cut=False) == "\n        return 1\n"
-    assert function_body("def f(x):", "\n    a = 1\n    b =", cut=True) == "\n    a = 1\n"
-    assert function_body("def f(x):\n    a = 1", " + x\n    return a", cut=False) == " + x\n    return a"
-    assert function_body("def f(x):", "", cut=True) == ""
+    assert function_body("def f(x):", "\n    return 1\n\ny = 2\n", cut=False) == ("\n    return 1\n\n", True)
+    assert function_body("    def f(x):", "\n        return 1\n    def g", cut=False) == ("\n        return 1\n", True)
+    assert function_body("    def f(x):", "\n        return 1\n    def g", cut=True) == ("\n        return 1\n", False)
+    assert function_body("    def f(x):", "\n        return 1\n    def g\n  ", cut=True) == (
+        "\n        return 1\n",
+        True,
+    )
+    assert function_body("def f(x):", "\n    a = 1\n    b =", cut=True) == ("\n    a = 1\n", False)
+    assert function_body("def f(x):\n    a = 1", " + x\n    return a", cut=False) == (" + x\n    return a", True)
+    assert function_body("def f(x):", "", cut=True) == ("", False)
+    given = "    def f(x):\n        a = 1"
+    assert statements(given) == statements(given + " + x\n        # so\n") == 1
+    assert statements(given + "\n        return a\n") == 2
+    assert statements(given + "\n        return (\n") == 0
     assert code_lines("\n\n    a = 1  \n") == ["    a = 1"]
     assert parses("    def f(self):\n        pass\n")
     assert not parses("def f(:\n    pass\n")
@@ -207,7 +230,8 @@ def test_functions_are_asked_without_their_last_statement() -> None:
     )
     assert second.before + second.given + second.rest == text
     assert code_lines(second.rest) == ["        return (1,", "                2)"]
-    assert parses(second.given + function_body(second.given, second.rest, cut=False))
+    assert function_body(second.given, second.rest, cut=False) == (second.rest, True)
+    assert statements(second.given + second.rest) == 2
 
 
 @pytest.mark.slow
@@ -220,8 +244,8 @@ def test_a_run_goes_through_goes_on_and_writes_its_page(tmp_path: Path) -> None:
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr[-2000:]
     page = (tmp_path / "evidence.md").read_text()
-    assert "| event KL, tuned tokenizers=4 | 1 |" in page
-    assert "| event KL, tuned min_coverage=0 declared=False | 1 |" in page
+    for student in (measured(CacheChoice(tokenizers=4)), undeclared()):
+        assert f"| {student.label} | 1 |" in page
     lines = results.read_text().splitlines()
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-2000:]
