@@ -1,11 +1,13 @@
 """What `docs/evidence.md` claims, by rules that it states: equivalence of few draws, gains over controls, and what it costs.
 
-A verdict needs at least `ENOUGH` paired seeds; intervals are those of 95 % by Student's t, of differences paired by seed.
+A verdict needs at least `ENOUGH` paired seeds; intervals are those of 95 % by Student's t, of differences paired by seed, over all
+seeds that both students have.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +18,7 @@ from evidence_cells import (
     DEFAULT,
     EQUAL_SECONDS,
     GENERATED,
+    NAMES,
     OFFLINE,
     CacheChoice,
     Cell,
@@ -25,7 +28,6 @@ from evidence_cells import (
     longer,
     measured,
     offline,
-    seeds_of,
     undeclared,
     without_tidal,
 )
@@ -36,15 +38,18 @@ MARGIN = 0.1  # of the distillation gain: the equivalence margin, fixed beforeha
 ENOUGH = 3
 ONLINE = events()
 QUESTION = "offline and online"
-VERBS = {"better": "gains over", "worse": "loses against", "within the spread": "does not differ from"}
+VERBS = {"better": "gains over", "worse": "loses against", "within the spread": "shows no clear difference from"}
+SAID = {"better": "it beats", "worse": "it loses to", "within the spread": "it is within the spread of"}
 # (name, metric, sign of what is better, digits)
 METRICS: tuple[tuple[str, Metric, int, int], ...] = (
     ("bits per byte", bits, -1, 4),
     ("top-1, points", accuracy, 1, 2),
 )
-GENERATION_METRICS: tuple[tuple[str, Metric], ...] = (
-    ("Spans filled exactly at 1 token per forward", infilled(2)),
-    ("Functions completed to valid code at 1 token per forward", completed(1, "valid")),
+# On more documents.
+WIDE_METRICS = (
+    *METRICS,
+    ("spans filled at 1 token per forward, points", infilled(2), 1, 1),
+    ("functions completed to valid code in 48 steps, points", completed(1, "valid"), 1, 1),
 )
 
 
@@ -89,7 +94,7 @@ def equivalence(found: Found) -> str:
         )
         head += [f"{name} − online's", "verdict", "share of the gain"]
         for row, one in zip(rows, OFFLINE, strict=True):
-            difference = found.paired(offline(*one), ONLINE, metric, QUESTION)
+            difference = found.paired(offline(*one), ONLINE, metric)
             if difference:
                 kept = 1 + better * statistics.mean(difference) / statistics.mean(gain)
                 share = f"{kept:.0%}" if statistics.mean(gain) > half_width(gain) else ""
@@ -106,14 +111,14 @@ def equivalence(found: Found) -> str:
 
 def online_gain(found: Found, metric: Metric, better: int) -> list[float]:
     """Of the teacher in the loop over cross-entropy, by seed; positive where it is better."""
-    return [better * d for d in found.paired(ONLINE, CROSS_ENTROPY, metric, QUESTION)]
+    return [better * d for d in found.paired(ONLINE, CROSS_ENTROPY, metric)]
 
 
 def verdict_on(found: Found, one: tuple[int, float, str], metric: Metric, better: int) -> str:
     """`equivalent` of few draws, over the seeds that all three have."""
     seeds = [
         seed
-        for seed in seeds_of(QUESTION, found.scale)
+        for seed in range(found.scale.seeds)
         if all(found.record(first, seed) is not None for first in (offline(*one), ONLINE, CROSS_ENTROPY))
     ]
 
@@ -157,7 +162,7 @@ def gains(found: Found) -> str:
     for name, other in others(found):
         row = [name]
         for _, metric, better, digits in metrics:
-            difference = found.paired(ONLINE, other, metric, "controls")
+            difference = found.paired(ONLINE, other, metric)
             row += [spread(difference, digits, signed=True), won(difference, better)] if difference else ["", ""]
         rows.append(row)
     return markdown(head, rows)
@@ -169,33 +174,30 @@ def costs(record: dict[str, Any] | None) -> str:
         return "Not measured yet."
     captures, trains = record["captures"], record["trains"]
     online, student = trains["online"], trains["cache"]
-    extra = online["seconds"] - student["seconds"]
     rows = []
     for draws, capture in sorted(captures.items(), key=lambda pair: int(pair[0])):
-        rows.append(
-            [
-                draws,
-                f"{capture['bytes'] / 1e6:.2f} MB",
-                f"{capture['seconds']:.0f} s, {capture['peak_mb']:.0f} MB",
-                f"{student['seconds']:.0f} s, {student['peak_mb']:.0f} MB",
-                f"{online['seconds']:.0f} s, {online['peak_mb']:.0f} MB",
-                f"{capture['seconds'] / extra:.1f}" if extra > 0 else "never",
-            ]
-        )
+        cached = {2: trains.get("halves"), max(map(int, captures)): student}.get(int(draws))
+        row = [draws, f"{capture['bytes'] / 1e6:.2f} MB", f"{capture['seconds']:.0f} s, {capture['peak_mb']:.0f} MB"]
+        for took in (cached, online):
+            row.append(f"{took['seconds']:.0f} s, {took['peak_mb']:.0f} MB" if took else "")
+        extra = online["seconds"] - cached["seconds"] if cached else 0.0
+        rows.append([*row, f"{math.ceil(capture['seconds'] / extra)}" if extra > 0 else ""])
     head = [
         "draws",
         "cache, k = 16",
         "capture, once",
         "student from cache",
         "student online",
-        "pays from … students on",
+        "pays from student … on",
     ]
     plain = trains["cross-entropy"]["seconds"]
     return markdown(head, rows) + (
         f"\n\nEach in a process of its own, with one thread; memory is the process's peak, most of it libraries. *Online* is the "
         f"same training plus the {online['teacher_seconds']:.0f} s that the teacher needs for the same masks, with its weights "
         f"in memory. Cross-entropy alone takes {plain:.0f} s, so a student of event KL takes "
-        f"{student['seconds'] / plain:.2f} times as long; *equal seconds* above stands for {EQUAL_SECONDS:.2f}."
+        f"{student['seconds'] / plain:.2f} times as long, and with the whole capture on its account "
+        f"{(student['seconds'] + captures[str(max(map(int, captures)))]['seconds']) / plain:.2f}; *equal training seconds* above stands "
+        f"for {EQUAL_SECONDS[0]:g}, *with the capture* for {EQUAL_SECONDS[1]:g}. Of two draws, the student by halves."
     )
 
 
@@ -204,26 +206,26 @@ def in_short(found: Found) -> list[str]:
     lines = []
     for name, metric, better, digits in METRICS:
         unit = "" if metric is bits else " points"
-        gain = found.paired(ONLINE, CROSS_ENTROPY, metric, "controls")
+        gain = found.paired(ONLINE, CROSS_ENTROPY, metric)
         if len(gain) < ENOUGH:
             continue
         verb = VERBS[won(gain, better)]
         size = f" ({spread(gain, digits, signed=True)}{unit})"
-        held = [(other, found.paired(ONLINE, cell, metric, "controls")) for other, cell in others(found)]
+        held = [(other, found.paired(ONLINE, first, metric)) for other, first in others(found)]
         by_verdict: dict[str, list[str]] = {}
         for other, difference in held:
             if len(difference) >= ENOUGH:
                 by_verdict.setdefault(won(difference, better), []).append(other)
-        said = [f"{verdict}: {'; '.join(names)}" for verdict, names in by_verdict.items()]
+        said = [f"{SAID[verdict]} {'; '.join(names)}" for verdict, names in by_verdict.items()]
         lines.append(
             f"**{name.removesuffix(', points')}**: event KL {verb} cross-entropy{size}. "
-            f"Against what it is held: {' — '.join(said)}."
+            f"Of what it is held to, {' — '.join(said)}."
         )
         few = {one: verdict_on(found, one, metric, better) for one in OFFLINE}
-        measured = [f"{named(one)} {verdict}" for one, verdict in few.items() if verdict != "too few seeds"]
-        if measured:
+        decided = [f"{named(one)} {verdict}" for one, verdict in few.items() if verdict != "too few seeds"]
+        if decided:
             lines.append(
-                f"**Few draws against the teacher in the loop, {name.removesuffix(', points')}**: {'; '.join(measured)}."
+                f"**Few draws against the teacher in the loop, {name.removesuffix(', points')}**: {'; '.join(decided)}."
             )
     return lines + generated(found) + compared(found)
 
@@ -253,30 +255,37 @@ def verdicts(found: Found, question: str, first: Cell) -> list[str]:
     gains; of the reference itself nothing.
     """
     held = reference(question, first)
-    differences = (
-        [(found.paired(first, held, metric, question), better) for _, metric, better, _ in METRICS] if held else []
-    )
-    return [won(difference, better) for difference, better in differences] or ["", ""]
+    if held is None:
+        return ["", ""]
+    return [verdict(found.paired(first, held, metric), better, digits) for _, metric, better, digits in METRICS]
+
+
+def verdict(difference: Sequence[float], better: int, digits: int) -> str:
+    """The paired difference, and what it is; nothing of what was not measured."""
+    return f"{spread(difference, digits, signed=True)}, {won(difference, better)}" if difference else ""
 
 
 def compared(found: Found) -> list[str]:
     """One side question per line: what each choice changes, all else the same."""
     fours = CacheChoice(tokenizers=4)
     pairs = (
-        ("The default recipe, Reverse CALM with TIDAL, against cross-entropy", DEFAULT, CROSS_ENTROPY, "objectives"),
-        ("TIDAL on the timestep's axis, against the same mean weight without it", ONLINE, without_tidal(), "TIDAL"),
-        ("Measured timestep weights, against uniform ones", measured(), ONLINE, "objectives"),
-        ("CompDemo's context against the plain one, event KL", measured(), in_context("kl", "plain"), "contexts"),
-        ("One stored candidate per chunk, against 16", measured(CacheChoice(k=1)), measured(), "candidates"),
-        ("Four declared tokenizers, against the student's alone", measured(fours), measured(), "tokenizers"),
-        ("A cache that does not declare the student's tokenizer", undeclared(), measured(), "tokenizers"),
-        ("Masking by tokens instead of whole chunks", measured(CacheChoice(mask_law="token")), measured(), "mask laws"),
+        ("The default recipe, Reverse CALM with TIDAL, against cross-entropy", DEFAULT, CROSS_ENTROPY),
+        ("TIDAL on the timestep's axis, against the same mean weight without it", ONLINE, without_tidal()),
+        ("Measured timestep weights, against uniform ones", measured(), ONLINE),
+        *(
+            (f"CompDemo's context against the plain one, {NAMES[o]}", in_context(o, "compdemo"), in_context(o, "plain"))
+            for o in ("kl", "reverse-kl", "calm", "reverse-calm")
+        ),
+        ("One stored candidate per chunk, against 16", measured(CacheChoice(k=1)), measured()),
+        ("Four declared tokenizers, against the student's alone", measured(fours), measured()),
+        ("A cache that does not declare the student's tokenizer", undeclared(), measured()),
+        ("Masking by tokens instead of whole chunks", measured(CacheChoice(mask_law="token")), measured()),
     )
     lines = []
-    for name, one, other, question in pairs:
+    for name, one, other in pairs:
         said = []
         for metric_name, metric, better, digits in METRICS:
-            difference = found.paired(one, other, metric, question)
+            difference = found.paired(one, other, metric)
             if len(difference) >= ENOUGH:
                 size = spread(difference, digits, signed=True)
                 said.append(f"{metric_name.removesuffix(', points')} {won(difference, better)} ({size})")
@@ -286,19 +295,21 @@ def compared(found: Found) -> list[str]:
 
 
 def generated(found: Found) -> list[str]:
-    """What wins or loses in generation against cross-entropy, on more documents."""
+    """What wins or loses against cross-entropy on more documents, in likelihood and in generation."""
     wide = [dataclasses.replace(first, documents="wide") for first in GENERATED]
     lines = []
-    for name, metric in GENERATION_METRICS:
+    for name, metric, better, digits in WIDE_METRICS:
         by_verdict: dict[str, list[str]] = {}
         for first in wide[1:]:
-            difference = found.paired(first, wide[0], metric, "generation")
+            difference = found.paired(first, wide[0], metric)
             if len(difference) >= ENOUGH:
-                size = f"{first.label} ({spread(difference, 1, signed=True)} points)"
-                by_verdict.setdefault(won(difference, 1), []).append(size)
+                size = f"{first.label} ({spread(difference, digits, signed=True)})"
+                by_verdict.setdefault(won(difference, better), []).append(size)
         if by_verdict:
             said = " — ".join(f"{verdict}: {'; '.join(sizes)}" for verdict, sizes in by_verdict.items())
-            lines.append(f"**{name}**, against cross-entropy on more documents: {said}.")
+            lines.append(
+                f"**On {found.scale.wide_documents} further documents, {name}**, against cross-entropy: {said}."
+            )
     return lines
 
 
@@ -317,30 +328,35 @@ def front_table(found: Found) -> str:
     """What a reader of README wants to know: quality, bytes, seconds, memory."""
     took = found.results.cells.get("costs")
     base = found.results.cells["base"]
-    rows = [["base", f"{bits(base):.4f}", f"{accuracy(base):.2f}", f"{infilled(2)(base):.1f}", "", "", ""]]
     trains, captures = (took["trains"], took["captures"]) if took else ({}, {})
+    rows = [["base", "", f"{bits(base):.4f}", f"{accuracy(base):.2f}", "", "", "", ""]]
 
-    def row(name: str, first: Cell, question: str, draws: int, train: str) -> None:
-        records = found.records(first, question)
+    def row(name: str, first: Cell, train: str, draws: int = 0) -> None:
+        records = found.records(first)
+        spans = [infilled(2)(r) for r in found.records(dataclasses.replace(first, documents="wide"))]
         size = captures.get(str(draws))
         rows.append(
             [
                 name,
+                str(len(records)),
                 spread([bits(r) for r in records]),
                 spread([accuracy(r) for r in records], 2),
-                spread([infilled(2)(r) for r in records], 1),
-                f"{size['bytes'] / 1e6:.1f} MB" if size else "",
-                f"{trains[train]['seconds']:.0f}" if train in trains else "",
+                spread(spans, 1),
+                f"{size['bytes'] / 1e6:.1f} MB, {size['seconds']:.0f} s" if size else "",
+                f"{trains[train]['seconds']:.0f} s" if train in trains else "",
                 f"{trains[train]['peak_mb']:.0f} MB" if train in trains else "",
             ]
         )
 
-    whole = found.scale.draws
-    row("cross-entropy", CROSS_ENTROPY, "controls", 0, "cross-entropy")
-    row("Reverse CALM, TIDAL (default)", DEFAULT, "objectives", 0, "default")
-    row("event KL, n-gram teacher", events(CacheChoice(teacher="ngram")), "controls", 0, "")
-    row("**event KL, cached**, 2 draws, halves again", offline(2, 0.0, "halves"), QUESTION, 2, "halves")
-    row("**event KL, cached**, a draw per epoch", ONLINE, QUESTION, whole, "cache")
-    row("event KL, teacher in the loop", ONLINE, QUESTION, 0, "online")
-    head = ["student", "bits per byte", "top-1 %", "spans %", "cache", "training, s", "memory"]
+    row("cross-entropy", CROSS_ENTROPY, "cross-entropy")
+    row("Reverse CALM, TIDAL (default)", DEFAULT, "default", found.scale.draws)
+    row("event KL, n-gram teacher", events(CacheChoice(teacher="ngram")), "")
+    row("**event KL**, two draws for four epochs", offline(2, 0.0, "halves"), "halves", 2)
+    row("**event KL**, a draw per epoch (as online)", ONLINE, "cache", found.scale.draws)
+    if trains:
+        online = trains["online"]
+        rows.append(
+            ["the same, teacher in memory", *[""] * 5, f"{online['seconds']:.0f} s", f"{online['peak_mb']:.0f} MB"]
+        )
+    head = ["student", "seeds", "bits per byte", "top-1 %", "spans %", "cache, once", "training", "memory"]
     return markdown(head, rows)

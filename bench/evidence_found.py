@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evidence_cells import Cell, Scale, seeds_of
+from evidence_cells import Cell, Scale
 from evidence_results import Results
 
 Metric = Callable[[dict[str, Any]], float]
@@ -57,14 +57,14 @@ class Found:
         """The result of a cell with this seed, if it is there."""
         return self.results.cells.get(dataclasses.replace(first, seed=seed).digest(self.scale))
 
-    def records(self, first: Cell, question: str) -> list[dict[str, Any]]:
+    def records(self, first: Cell) -> list[dict[str, Any]]:
         """One record per seed that is there."""
-        found = [self.record(first, seed) for seed in seeds_of(question, self.scale)]
+        found = [self.record(first, seed) for seed in range(self.scale.seeds)]
         return [record for record in found if record is not None]
 
-    def paired(self, a: Cell, b: Cell, metric: Metric, question: str) -> list[float]:
-        """metric(a) − metric(b) by seed."""
-        pairs = [(self.record(a, seed), self.record(b, seed)) for seed in seeds_of(question, self.scale)]
+    def paired(self, a: Cell, b: Cell, metric: Metric) -> list[float]:
+        """metric(a) − metric(b) by seed, of all seeds that both have."""
+        pairs = [(self.record(a, seed), self.record(b, seed)) for seed in range(self.scale.seeds)]
         return [metric(x) - metric(y) for x, y in pairs if x is not None and y is not None]
 
 

@@ -139,11 +139,10 @@ def main() -> None:
 
 def table(found: Found, firsts: list[Cell]) -> str:
     """One row per cell, with the paired difference to cross-entropy."""
-    question = "offline and online"
     rows = []
     for first in firsts:
-        records = found.records(first, question)
-        difference = found.paired(first, CROSS_ENTROPY, bits, question)
+        records = found.records(first)
+        difference = found.paired(first, CROSS_ENTROPY, bits)
         columns = [[metric(r) for r in records] for metric in (bits, infilled(2), infilled(0))]
         rows.append(
             [first.label, spread(columns[0]), spread(difference, signed=True), *[spread(c, 1) for c in columns[1:]]]

@@ -7,6 +7,7 @@ about equivalence and gains is decided by rules that are stated on it (`evidence
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from evidence_cells import BEST, CROSS_ENTROPY, FULL, VALIDATED_CROSS_ENTROPY, WIDE_CROSS_ENTROPY, grid
 from evidence_claims import REFERENCE_NAMES, costs, equivalence, front_table, gains, in_short, verdicts
@@ -34,11 +35,8 @@ GENERATION: tuple[tuple[str, Metric, int], ...] = (
     ("top-1 %", accuracy, 2),
     *((f"spans % at {4 >> place}", infilled(place), 1) for place in (2, 1, 0)),
     *((f"valid code % at {4 >> place}", infilled(place, "valid"), 1) for place in (2, 0)),
-    *((f"valid functions % at {rate}", completed(place, "valid"), 1) for place, rate in ((1, 1), (0, 4))),
-    *(
-        (f"{name} % at 1", completed(1, key), 1)
-        for name, key in (("next line", "next_line"), ("functions exact", "exact"))
-    ),
+    *((f"valid functions % in {steps} steps", completed(place, "valid"), 1) for place, steps in ((1, 48), (0, 12))),
+    *((f"{name} % in 48", completed(1, key), 1) for name, key in (("next line", "next_line"), ("exact", "exact"))),
 )
 REFERENCES = {"settings": VALIDATED_CROSS_ENTROPY, "generation": WIDE_CROSS_ENTROPY}
 LIKELIHOOD_ALONE: tuple[tuple[str, Metric, int], ...] = (("top-1 %", accuracy, 2),)
@@ -50,10 +48,20 @@ INTRODUCTION = """# Evidence
 
 What offline distillation costs and what it gains: in a sandbox whose teacher is exactly known, and with the embedded pair on
 Python's standard library. Written by `{command}` from `{results}` and `exact.jsonl` beside it; no figure or verdict on
-this page is typed by hand. Figures are means over seeds ± half of their 95 % interval (Student's t), differences are paired by
-seed, and *tuned* means {tuned},
-as chosen on documents of their own (*Settings*, at the end). A pair of 1.7M parameters and 0.1 MB of text is a small world: read the
-directions, not the sizes.
+this page is typed by hand. A pair of 1.7M parameters and 0.1 MB of text is a small world: read the directions, not the sizes.
+
+**How to read it.** Figures are means over seeds ± half of their 95 % interval (Student's t); differences are paired by seed. *Better*
+and *worse*: that interval excludes 0; else *within the spread*. Seeds vary the order of rows and the fresh masks: one base, one
+capture, one set of documents and few seeds stand behind each verdict, and with about a hundred of them some are chance.
+
+**Words.** A *chunk* is the shortest piece of text that teacher and student both tokenize by itself; a *draw* is one stored
+masking of a document, with the teacher's likelihoods of its masked chunks. *Fresh* rows are masked anew in training, and bear
+cross-entropy alone. *Halves*: a draw used again masks one half of its chunks, then the other, with the rest shown. *Event KL* compares
+teacher and student on each chunk's gold, its `k` best fillings and all else together; *CALM* on the gold alone, *Reverse CALM* the
+other way round ([recipes](recipes.md)). *CompDemo* shows the teacher half of the masked chunks while it scores the other half;
+*plain* shows none. *TIDAL* weighs or mixes the teacher by training progress, timestep or both. *Tuned* means {tuned}, the
+recipe `events`: weight, gold share and timestep weights were chosen on documents of their own (*Settings*, at the end), with one
+seed; TIDAL's mode and axis were not.
 
 ## In short
 """
@@ -61,49 +69,67 @@ PAIR = """## The embedded pair
 
 Students are trained on {documents} documents for {epochs} epochs ({steps} steps of {batch} rows, learning rate {rate:g} unless a row
 names another) from one base, and measured on {test} documents of modules that neither model has seen and that `make demo` does not
-show. *Spans*: four masked tokens in each block, filled exactly; *valid code*: the document still parses with a filled span. The base
-itself: {base_bits:.4f} bits per byte, {base_accuracy:.2f} %; the teacher on the same masks, {teacher}.
+show. *Bits per byte* of masked text, each fifth of the timesteps with the same weight; *top-1*: the share of masked chunks whose best
+filling is the document's, heavy noise having more of them; *calibration error*: the expected one, lower is better. *Spans*: four
+masked tokens in each block, {spans} in all, filled exactly; *valid code*: the document still parses with a
+filled span. The teacher has on the same masks, in bits per byte, {teacher}; in compdemo it sees half of them.
 """
 SECTIONS = (
     ("offline and online", "Offline against online", "As many stored draws as epochs, each used once, have the law of a teacher "
-        "in the loop (`tests/e2e/test_replay.py`: the same losses and gradients), so four draws stand for it, and more would "
-        "not be used. `reuse=halves`: a draw used again masks one half of its chunks, then the other, with the rest shown."),
+        "in the loop (`tests/e2e/test_replay.py`: the same losses and gradients), so the student of four draws *is* the one with "
+        "the teacher in the loop; none was trained beside it, and more draws would not be used."),
     ("controls", "Gains over controls", "In place of the teacher: token frequencies, a bidirectional n-gram model of the same "
-        "text, label smoothing, and the teacher's own answers about other places (`bench/evidence_teachers.py`). *Completed "
-        "text*: cross-entropy on the training text with masked chunks sampled from the teacher."),
+        "text, label smoothing, and the teacher's own answers about other places (`bench/evidence_teachers.py`), with the "
+        "settings tuned for the teacher, and n-grams with weight 1 besides. *Completed text*: cross-entropy on the training text "
+        "with masked chunks sampled from the teacher. *Equal training seconds*: as many more steps; *with the capture*: as if this "
+        "one student "
+        "paid for the whole cache."),
     ("generation", "Generation, and more documents", "The spread above is over seeds, on the same documents; others differ by more. "
-        "Students on {wide} further documents, which have enough functions to complete as well; *at 1*, *2*, *4*: tokens per "
-        "forward. *Valid functions*: those whose last statement the student wrote, and that parse; *next line*: its first "
-        "line is the document's; *exact*: all of it is, where it ends included. The base itself: {wide_base}."),
+        "Students on {wide} further documents, which have enough functions to complete as well. Spans *at 1*, *2*, *4* tokens per "
+        "forward; 48 tokens of a function in 48 or 12 steps, its last statement left out. *Valid functions* parse with another "
+        "statement, *next line*: its first line is the document's; *exact*: all of it is, and the function ends there."),
     ("objectives", "Objectives", "The first row that distils is the default recipe, `reverse-calm-tidal`."),
-    ("TIDAL", "TIDAL", "At matched mean weight over timesteps. Heavy noise has more chunks, so per chunk an axis that favours light noise "
-        "weighs less: 20 on the timestep's axis is 12 per chunk, 18 without an axis is 18."),
+    ("TIDAL", "TIDAL", "The mean weight over training and timesteps is the same in all rows. Heavy noise has more chunks, so "
+        "where light noise weighs more the mean over chunks is less: 12 on the timestep's axis with weight 20, 18 without an axis."),
     ("contexts", "Contexts and directions", "By timestep. Reverse CALM with weight 1, the others tuned, KL with measured weights."),
-    ("candidates", "Candidates per chunk", "`k` fillings of each chunk are stored."),
-    ("mask laws", "Mask laws", "Whole chunks are masked with probability t, or those with a masked token."),
+    ("candidates", "Candidates per chunk", "`k` fillings of each chunk are stored; 16 where nothing is said."),
+    ("mask laws", "Mask laws", "Each chunk is masked with probability t, or (`token`) each token is, and with it its chunk. Both are "
+        "measured on whole-chunk masks."),
     ("tokenizers", "Declared student tokenizers", "More declared tokenizers make longer chunks. `declared=False`: the cache "
-        "declares another tokenizer than the student's."),
+        "declares another tokenizer than the student's, which masks what chunks it can. All are "
+        "measured on the chunks of the student's tokenizer alone."),
     ("settings", "Settings", "On validation documents, one seed: what the settings were chosen by."),
 )  # fmt: skip
 
 
 def question_table(found: Found, question: str) -> str:
-    """One row per cell, with the paired difference to cross-entropy in bits per byte."""
+    """One row per cell, with the paired difference to cross-entropy in bits per byte, and its verdicts where it has a reference."""
     columns = {"settings": LIKELIHOOD_ALONE, "generation": GENERATION, "contexts": BY_TIMESTEP}.get(question, COLUMNS)
     head = ["student", "seeds", "bits per byte", "− cross-entropy's", *[name for name, _, _ in columns]]
     if question in REFERENCE_NAMES:
         head += [f"bits, against {REFERENCE_NAMES[question]}", "top-1, against it"]
     rows = []
+    if base := base_of(found, question):
+        rows.append(
+            ["base", "", f"{bits(base):.4f}", "", *[f"{metric(base):.{digits}f}" for _, metric, digits in columns]]
+        )
+        rows[0] += ["", ""] if question in REFERENCE_NAMES else []
     for first in dict.fromkeys(c for q, c in grid(found.scale) if q == question):
-        records = found.records(first, question)
+        records = found.records(first)
         if not records:
             continue
         reference = REFERENCES.get(question, CROSS_ENTROPY)
-        difference = found.paired(first, reference, bits, question) if first != reference else []
+        difference = found.paired(first, reference, bits) if first != reference else []
         row = [first.label, str(len(records)), spread([bits(r) for r in records]), spread(difference, signed=True)]
         row += [spread([metric(r) for r in records], digits) for _, metric, digits in columns]
         rows.append(row + (verdicts(found, question, first) if question in REFERENCE_NAMES else []))
-    return markdown(head, rows) if rows else "Not measured yet."
+    return markdown(head, rows) if len(rows) > bool(base) else "Not measured yet."
+
+
+def base_of(found: Found, question: str) -> dict[str, Any] | None:
+    """The base's result on what a question's students are measured on, if it is there."""
+    base = found.results.cells["base"]
+    return {"settings": None, "generation": base.get("wide")}.get(question, base)
 
 
 def introduction(found: Found, exact: Exact) -> str:
@@ -124,17 +150,8 @@ def pair_introduction(found: Found) -> str:
     )
     return PAIR.format(
         documents=scale.documents, epochs=scale.epochs, steps=scale.steps, batch=scale.batch, rate=scale.learning_rate,
-        test=scale.test_documents, base_bits=bits(base), base_accuracy=accuracy(base), teacher=teacher,
+        test=scale.test_documents, teacher=teacher, spans=base["infilling"][0]["spans"],
     )  # fmt: skip
-
-
-def wide_base(found: Found) -> str:
-    """The base on the documents of the generation, as the columns of its table."""
-    base = found.results.cells["base"].get("wide")
-    if base is None:
-        return "not measured yet"
-    columns = (("bits per byte", bits, 4), *GENERATION)
-    return ", ".join(f"{name} {metric(base):.{digits}f}" for name, metric, digits in columns)
 
 
 def write_kept(page: Path = ROOT / "docs" / "evidence.md", readme: Path = ROOT / "README.md") -> None:
@@ -166,8 +183,9 @@ def write_page(path: Path, found: Found, exact: Exact) -> None:
     sandbox = section(exact)
     parts += [*sandbox[:4], *image("exact-draws"), *sandbox[4:], pair_introduction(found)]
     for question, title, note in SECTIONS:
-        note = note.format(wide=found.scale.wide_documents, wide_base=wide_base(found))
-        parts.append(f"### {title}\n\n{note}\n")
+        if question == "generation" and not found.scale.wide_documents:
+            continue
+        parts.append(f"### {title}\n\n{note.format(wide=found.scale.wide_documents)}\n")
         if question == "offline and online":
             parts += [equivalence(found) + "\n", *image("draws-accuracy")]
         if question == "controls":

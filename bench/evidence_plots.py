@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable
 
 from evidence_cells import BEST, CROSS_ENTROPY, DEFAULT, OFFLINE, CacheChoice, cell, events, in_context, offline
-from evidence_claims import QUESTION
 from evidence_found import Found, Metric, accuracy, bits, bits_in
 from evidence_results import half_width
 from exact_cells import Cell as ExactCell
@@ -48,15 +47,15 @@ def shown(plot: Plot) -> Plot | None:
 
 def draws_plot(found: Found, metric: Metric, name: str) -> Plot | None:
     """Difference to cross-entropy with fresh masks against stored draws."""
-    online = (float(found.scale.draws), found.paired(events(), CROSS_ENTROPY, metric, QUESTION))
+    online = (float(found.scale.draws), found.paired(events(), CROSS_ENTROPY, metric))
     curves = []
     for colour, (title, chosen) in enumerate(
         (("same again", SAME), ("halves again", HALVES), ("half fresh rows", FRESH)), 1
     ):
-        points = [(float(one[0]), found.paired(offline(*one), CROSS_ENTROPY, metric, QUESTION)) for one in chosen]
+        points = [(float(one[0]), found.paired(offline(*one), CROSS_ENTROPY, metric)) for one in chosen]
         curves.append(curve(f"event KL, {title}", [*points, online], colour, dashed=chosen is FRESH))
     alone = [
-        (float(draws or found.scale.draws), found.paired(made, CROSS_ENTROPY, metric, QUESTION))
+        (float(draws or found.scale.draws), found.paired(made, CROSS_ENTROPY, metric))
         for draws, made in ((1, cell("none", CacheChoice(draws=1))), (0, CROSS_ENTROPY))
     ]
     curves.append(curve("cross-entropy", alone, colour=0))
@@ -70,7 +69,7 @@ def timestep_plot(found: Found) -> Plot | None:
     for colour, (name, objective) in enumerate((("event KL", "kl"), ("Reverse CALM", "reverse-calm")), 1):
         for context in ("compdemo", "plain"):
             made = in_context(objective, context)
-            points = [(t, found.paired(made, CROSS_ENTROPY, bits_in(b), "contexts")) for b, t in enumerate(BINS)]
+            points = [(t, found.paired(made, CROSS_ENTROPY, bits_in(b))) for b, t in enumerate(BINS)]
             curves.append(curve(f"{name}, {context}", points, colour, dashed=context == "plain"))
     return shown(Plot("Bits per byte minus cross-entropy's, by timestep", "t", "bits per byte", curves, include=(0.0,)))
 
@@ -85,35 +84,36 @@ def generation_plot(found: Found, task: str, name: str, title: str) -> Plot | No
         ("Reverse CALM", DEFAULT),
     )
     for colour, (student, first) in enumerate(firsts):
-        records = [r[task] for r in found.records(dataclasses.replace(first, documents="wide"), "generation")]
+        records = [r[task] for r in found.records(dataclasses.replace(first, documents="wide"))]
         if records:
             points = [
-                (steps[0]["tokens_per_forward"], [100 * float(one[name]) for one in steps])
+                (statistics.mean(one["tokens_per_forward"] for one in steps), [100 * float(one[name]) for one in steps])
                 for steps in zip(*records, strict=True)
             ]
             curves.append(curve(student, points, colour))
     return shown(Plot(f"{title} against tokens per forward", "tokens per forward", "%", curves))
 
 
-def exact_draws_plot(exact: Exact, setting: str) -> Plot | None:
+def exact_draws_plot(exact: Exact) -> Plot | None:
     """KL to the exact posterior against stored draws."""
     curves = []
     for colour, objective in enumerate(("kl", "none"), 1):
         for fresh in (0.0, 0.5):
             points = [
-                (float(draws), exact.kl(ExactCell(setting, objective, draws=draws, fresh=fresh)))
+                (float(draws), exact.kl(ExactCell("same", objective, draws=draws, fresh=fresh)))
                 for draws in (1, 2, 4, 8, 16)
                 if draws > 1 or fresh or objective == "kl"  # cross-entropy from one draw is off the scale
             ]
             name = {"kl": "event KL", "none": "cross-entropy"}[objective]
             curves.append(curve(f"{name}, half fresh" if fresh else name, points, colour, dashed=fresh > 0))
-    return shown(Plot(f"KL to the exact posterior against stored draws, {setting}", "draws", "nats per token", curves))
+    title = "KL to the exact posterior against stored draws, one tokenizer, plain context, no halves"
+    return shown(Plot(title, "draws", "nats per token", curves))
 
 
 def plots_of(found: Found, exact: Exact) -> dict[str, Plot]:
     """All that have something to show, by file name."""
     made: dict[str, Callable[[], Plot | None]] = {
-        "exact-draws": lambda: exact_draws_plot(exact, "same"),
+        "exact-draws": lambda: exact_draws_plot(exact),
         "draws": lambda: draws_plot(found, bits, "bits per byte"),
         "draws-accuracy": lambda: draws_plot(found, accuracy, "top-1, points"),
         "timesteps": lambda: timestep_plot(found),

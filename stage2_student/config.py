@@ -134,10 +134,10 @@ class TrainConfig:
                 raise TidecacheError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}{hint}")
         if self.timestep_weight not in (*TIMESTEP_WEIGHTS, MEASURED):
             bin_weights(self.timestep_weight)
-        if self.timestep_weight == MEASURED and self.tidal == "none":
+        if self.timestep_weight == MEASURED and "none" in (self.tidal, self.objective):
             raise TidecacheError(
-                "timestep_weight: measured weights are TIDAL's, found tidal none: pass --tidal weight, or "
-                "--timestep-weight uniform"
+                f"timestep_weight: measured weighs what TIDAL distils, found objective {self.objective} and tidal {self.tidal}: "
+                "pass --timestep-weight uniform, or an objective and --tidal weight"
             )
         for name, lowest in LOWEST.items():
             value = getattr(self, name)

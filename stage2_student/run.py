@@ -184,7 +184,7 @@ def prepare(
     if automatic:
         config = dataclasses.replace(config, fresh=automatic_fresh(uses, config.reuse))
     if config.timestep_weight == MEASURED:
-        weights = measured_weights(opened, draws.mixture.shares, config.context) if distills else "uniform"
+        weights = measured_weights(opened, draws.mixture.shares, config.context)
         config = dataclasses.replace(config, timestep_weight=weights)
     makers = [
         RowMaker(

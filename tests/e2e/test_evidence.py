@@ -91,8 +91,11 @@ def test_controls_answer_as_they_say() -> None:
 
 def record(bits: float) -> dict[str, Any]:
     """A result line with this likelihood."""
-    quality = {"all": {"accuracy": 0.2 - bits / 100, "calibration_error": 0.1}}
-    generation = {"infilling": [{"exact": 0.1, "tokens_per_forward": 1}] * 3, "completion": [{"valid": 0.5}] * 3}
+    quality = {"all": {"accuracy": 0.2 - bits / 100, "calibration_error": 0.1}, "bins": [{"bits_per_byte": bits}] * 5}
+    generation = {
+        "infilling": [{"exact": 0.1, "valid": 0.5, "spans": 7, "tokens_per_forward": 1}] * 3,
+        "completion": [{"valid": 0.6 - bits / 10, "next_line": 0.1, "exact": 0.0, "tokens_per_forward": 1}] * 2,
+    }
     return {"bits_per_byte": bits, "quality": quality, "train_seconds": 1.0, **generation}
 
 
@@ -169,7 +172,7 @@ def test_what_is_said_in_short_follows_the_results(tmp_path: Path) -> None:
     put(events(), 2.1)
     said = " ".join(evidence_claims.in_short(found))
     assert "event KL loses against cross-entropy (+0.1000 ± 0.0000)" in said
-    assert "worse: cross-entropy, equal steps" in said
+    assert "it loses to cross-entropy, equal steps" in said
     assert "teacher in the loop" not in said
     put(offline(2, 0.0, "halves"), 2.1)
     assert "2 draws, halves: no gain to keep" in " ".join(evidence_claims.in_short(found))
@@ -178,7 +181,10 @@ def test_what_is_said_in_short_follows_the_results(tmp_path: Path) -> None:
     assert "event KL gains over cross-entropy (-0.1000 ± 0.0000)" in said
     assert "2 draws, halves: worse" in said
     put(DEFAULT, 1.95)
-    assert evidence_claims.verdicts(found, "objectives", DEFAULT) == ["better", "better"]
+    assert evidence_claims.verdicts(found, "objectives", DEFAULT) == [
+        "-0.0500 ± 0.0000, better",
+        "+0.05 ± 0.00, better",
+    ]
     assert evidence_claims.verdicts(found, "objectives", CROSS_ENTROPY) == ["", ""]
     put(without_tidal(), 1.89)
     (line, tidal) = evidence_claims.compared(found)
@@ -186,10 +192,29 @@ def test_what_is_said_in_short_follows_the_results(tmp_path: Path) -> None:
         "**The default recipe, Reverse CALM with TIDAL, against cross-entropy**: bits per byte better (-0.05"
     )
     assert "without it**: bits per byte worse (+0.0100 ± 0.0000); top-1 worse (-0.01 ± 0.00)" in tidal
+    put(dataclasses.replace(CROSS_ENTROPY, documents="wide"), 2.0)
+    put(dataclasses.replace(events(), documents="wide"), 1.9)
+    likelihood, _, spans, valid = evidence_claims.generated(found)
+    assert "bits per byte**, against cross-entropy: better: event KL, tuned (-0.1000 ± 0.0000)." in likelihood
+    assert "within the spread: event KL, tuned (+0.0 ± 0.0)" in spans
+    assert "better: event KL, tuned (+1.0 ± 0.0)" in valid
     results.add("base", {**record(2.2), "teacher": {}})
     table = evidence_claims.front_table(found)
-    assert "| base | 2.2000 |" in table
-    assert "| cross-entropy | 2.0001 ± 0.0002 |" in table
+    assert "| base |  | 2.2000 |" in table
+    assert "| cross-entropy | 3 | 2.0001 ± 0.0002 |" in table
+    evidence_page.write_page(
+        tmp_path / "page.md", found, evidence_page.Exact(Results(tmp_path / "none.jsonl"), evidence_page.Run())
+    )
+    assert "| event KL, tuned | 3 | 1.9001 ± 0.0002 | -0.1000 ± 0.0000 |" in (tmp_path / "page.md").read_text()
+
+
+def test_what_side_questions_are_held_to() -> None:
+    plain, compdemo = evidence_claims.in_context("kl", "plain"), evidence_claims.in_context("kl", "compdemo")
+    assert evidence_claims.reference("contexts", plain) == compdemo
+    assert evidence_claims.reference("contexts", compdemo) is None
+    token = measured(CacheChoice(mask_law="token"))
+    assert evidence_claims.reference("mask laws", token) == measured()
+    assert evidence_claims.reference("candidates", measured(CacheChoice(k=1))) == measured()
 
 
 def test_functions_are_cut_where_they_end() -> None:

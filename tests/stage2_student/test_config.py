@@ -195,7 +195,7 @@ def test_an_unknown_field_is_refused_with_the_near_ones(tmp_path: Path) -> None:
         ({"objective": "calm", "gold_share": 0.5}, "gold_share: mixes the gold into the target of kl and reverse-kl"),
         (
             {"timestep_weight": "measured", "tidal": "none"},
-            "measured weights are TIDAL's, found tidal none: pass --tidal weight",
+            "measured weighs what TIDAL distils, found objective reverse-calm and tidal none: pass",
         ),
         ({"timestep_weight": "midrang"}, "timestep_weight: expected one of uniform, midrange, measured, or numbers"),
         ({"timestep_weight": "1"}, "timestep_weight: expected at least two numbers"),
