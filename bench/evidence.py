@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from evidence_cells import SCALES, cells
-from evidence_costs import costs_of
+from evidence_costs import TRAINED, costs_of
 from evidence_found import Found
 from evidence_page import EXACT_RESULTS, FULL_RESULTS, write_kept, write_page
 from evidence_results import Results
@@ -47,7 +47,8 @@ def main() -> None:
     todo = [c for c in cells(scale, options.question or ()) if c.digest(scale) not in results.cells]
     remember_views()
     begin = time.monotonic()
-    if "base" not in results.cells:
+    base = results.cells.get("base", {})
+    if not base or (scale.wide_documents and "wide" not in base):
         found = {"scale": scale.name, **work.measure(work.pair.base), "teacher": work.teacher_quality()}
         if scale.wide_documents:
             found["wide"] = work.measure(work.pair.base, "wide")
@@ -67,7 +68,8 @@ def main() -> None:
             highlight=False,
         )
     else:
-        if "costs" not in Results(results.path).cells and (not options.question or "costs" in options.question):
+        known = Results(results.path).cells.get("costs", {"trains": {}})
+        if not TRAINED.keys() <= known["trains"].keys() and (not options.question or "costs" in options.question):
             results.add("costs", {"scale": scale.name, **costs_of(work.folder, scale.name)})
     if results.path == FULL_RESULTS and options.page is None:
         write_kept()

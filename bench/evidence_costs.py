@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,11 @@ TRAINED = {
 
 
 def costs_of(folder: Path, scale: str) -> dict[str, Any]:
-    """Run each measurement; `captures` by draws, `trains` by kind, with their seconds, peak megabytes and bytes."""
+    """Run each measurement in a new folder inside `folder`: `captures` by draws, `trains` by kind, with their seconds, peak megabytes
+    and bytes.
+    """
+    folder = folder / "costs"
+    shutil.rmtree(folder, ignore_errors=True)  # what is found done would take no time
 
     def child(*what: str) -> dict[str, Any]:
         command = [sys.executable, __file__, "--out", str(folder), "--scale", scale, *what]
@@ -47,7 +52,7 @@ def costs_of(folder: Path, scale: str) -> dict[str, Any]:
         return result
 
     child("train", "prepare")
-    draws = [*CAPTURED, SCALES[scale].draws]
+    draws = dict.fromkeys([*CAPTURED, SCALES[scale].draws])
     return {
         "captures": {str(count): child("capture", str(count)) for count in draws},
         "trains": {kind: child("train", kind) for kind in TRAINED},
