@@ -226,6 +226,7 @@ def grid(scale: Scale) -> Iterator[tuple[str, Cell]]:
     yield from settings()
     yield "offline and online", CROSS_ENTROPY
     yield "offline and online", cell("none", CacheChoice(draws=1))
+    yield "offline and online", longer(scale, EQUAL_SECONDS[0])
     for draws, fresh, reuse in OFFLINE:
         yield "offline and online", offline(draws, fresh, reuse)
     yield "offline and online", events()
