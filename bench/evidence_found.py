@@ -41,6 +41,16 @@ def completed(step: int, name: str) -> Metric:
     return lambda record: 100 * float(record["completion"][step][name])
 
 
+def chunk_length(record: dict[str, Any]) -> float:
+    """Teacher tokens per masked chunk of the cache."""
+    return float(record["cache"]["tokens_per_chunk"])
+
+
+def cut(record: dict[str, Any]) -> float:
+    """Documents of the cache that are too long for one of the tokenizers, and end early."""
+    return float(record["cache"]["cut"])
+
+
 def bits_in(place: int) -> Metric:
     """Bits per byte of one range of timesteps."""
     return lambda record: float(record["quality"]["bins"][place]["bits_per_byte"])

@@ -11,7 +11,19 @@ from typing import Any
 
 from evidence_cells import BEST, CROSS_ENTROPY, FULL, VALIDATED_CROSS_ENTROPY, WIDE_CROSS_ENTROPY, grid
 from evidence_claims import REFERENCE_NAMES, costs, equivalence, front_table, gains, in_short, verdicts
-from evidence_found import Found, Metric, accuracy, bits, bits_in, calibration, completed, infilled, markdown
+from evidence_found import (
+    Found,
+    Metric,
+    accuracy,
+    bits,
+    bits_in,
+    calibration,
+    chunk_length,
+    completed,
+    cut,
+    infilled,
+    markdown,
+)
 from evidence_plots import plots_of, standalone
 from evidence_results import Results, spread
 from exact_corpus import Run
@@ -37,6 +49,11 @@ GENERATION: tuple[tuple[str, Metric, int], ...] = (
     *((f"valid code % at {4 >> place}", infilled(place, "valid"), 1) for place in (2, 0)),
     *((f"valid functions % in {steps} steps", completed(place, "valid"), 1) for place, steps in ((1, 48), (0, 12))),
     *((f"{name} % in 48", completed(1, key), 1) for name, key in (("next line", "next_line"), ("exact", "exact"))),
+)
+CHUNKS: tuple[tuple[str, Metric, int], ...] = (
+    ("teacher tokens per chunk", chunk_length, 2),
+    ("documents cut", cut, 0),
+    *COLUMNS,
 )
 REFERENCES = {"settings": VALIDATED_CROSS_ENTROPY, "generation": WIDE_CROSS_ENTROPY}
 LIKELIHOOD_ALONE: tuple[tuple[str, Metric, int], ...] = (("top-1 %", accuracy, 2),)
@@ -95,8 +112,8 @@ SECTIONS = (
     ("candidates", "Candidates per chunk", "`k` fillings of each chunk are stored; 16 where nothing is said."),
     ("mask laws", "Mask laws", "Each chunk is masked with probability t, or (`token`) each token is, and with it its chunk. Both are "
         "measured on whole-chunk masks."),
-    ("tokenizers", "Declared student tokenizers", "More declared tokenizers make longer chunks. `declared=False`: the cache "
-        "declares another tokenizer than the student's, which masks what chunks it can. All are "
+    ("tokenizers", "Declared student tokenizers", "More declared tokenizers make longer chunks, and cut documents earlier. "
+        "`declared=False`: the cache declares another tokenizer than the student's, which masks what chunks it can. All are "
         "measured on the chunks of the student's tokenizer alone."),
     ("settings", "Settings", "On validation documents, one seed: what the settings were chosen by."),
 )  # fmt: skip
@@ -104,7 +121,12 @@ SECTIONS = (
 
 def question_table(found: Found, question: str) -> str:
     """One row per cell, with the paired difference to cross-entropy in bits per byte, and its verdicts where it has a reference."""
-    columns = {"settings": LIKELIHOOD_ALONE, "generation": GENERATION, "contexts": BY_TIMESTEP}.get(question, COLUMNS)
+    columns = {
+        "settings": LIKELIHOOD_ALONE,
+        "generation": GENERATION,
+        "contexts": BY_TIMESTEP,
+        "tokenizers": CHUNKS,
+    }.get(question, COLUMNS)
     head = ["student", "seeds", "bits per byte", "− cross-entropy's", *[name for name, _, _ in columns]]
     if question in REFERENCE_NAMES:
         head += [f"bits, against {REFERENCE_NAMES[question]}", "top-1, against it"]
@@ -129,7 +151,7 @@ def question_table(found: Found, question: str) -> str:
 def base_of(found: Found, question: str) -> dict[str, Any] | None:
     """The base's result on what a question's students are measured on, if it is there."""
     base = found.results.cells["base"]
-    return {"settings": None, "generation": base.get("wide")}.get(question, base)
+    return {"settings": None, "tokenizers": None, "generation": base.get("wide")}.get(question, base)
 
 
 def introduction(found: Found, exact: Exact) -> str:

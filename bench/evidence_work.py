@@ -214,7 +214,9 @@ class Workshop:
     def result(self, cell: Cell) -> dict[str, Any]:
         """Train a cell's student and measure it."""
         took = self.train(cell)
-        return {"train_seconds": took, **self.measure(self.student, cell.documents)}
+        totals = open_cache(self.cache_of(cell.cache)).manifest.totals
+        chunks = {"tokens_per_chunk": totals.scored_tokens / totals.masked_chunks, "cut": totals.cut}
+        return {"train_seconds": took, "cache": chunks, **self.measure(self.student, cell.documents)}
 
     @property
     def student(self) -> Path:

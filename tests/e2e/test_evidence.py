@@ -96,7 +96,8 @@ def record(bits: float) -> dict[str, Any]:
         "infilling": [{"exact": 0.1, "valid": 0.5, "spans": 7, "tokens_per_forward": 1}] * 3,
         "completion": [{"valid": 0.6 - bits / 10, "next_line": 0.1, "exact": 0.0, "tokens_per_forward": 1}] * 2,
     }
-    return {"bits_per_byte": bits, "quality": quality, "train_seconds": 1.0, **generation}
+    chunks = {"tokens_per_chunk": 1.5, "cut": 3}
+    return {"bits_per_byte": bits, "quality": quality, "train_seconds": 1.0, "cache": chunks, **generation}
 
 
 @pytest.mark.parametrize(
