@@ -92,7 +92,8 @@ def svg(
     plot: Plot, width: int = 560, height: int = 330, legend: bool = True, x_range: tuple[float, float] | None = None
 ) -> str:
     """The plot as an SVG element, its legend at the right, or left to the page; `x_range`: by default the curves'."""
-    left, right, top, bottom = 58, 165 if legend else 12, 14, 44
+    longest = max((len(curve.name) for curve in plot.curves), default=0)
+    left, right, top, bottom = 58, max(165, 40 + 7 * longest) if legend else 12, 14, 44
     xs = [v for c in plot.curves for v in c.x]
     ys = [v for c in plot.curves for v in (*c.y, *c.low, *c.high)] + list(plot.include)
     x0, x1 = x_range or (min(xs), max(xs))
