@@ -133,7 +133,7 @@ class Cell:
             recipe = {k: v for k, v in (PLAIN | recipe).items() if k in differing or (k in recipe and k not in chosen)}
         recipe.pop("min_coverage", None)  # what a cache without the student's tokenizer needs
         if "steps" in recipe:
-            del recipe["fresh"]
+            recipe.pop("fresh", None)  # what fills the further steps
         default = CacheChoice()
         parts = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in recipe.items()]
         parts += [
