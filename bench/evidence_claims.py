@@ -37,7 +37,6 @@ from evidence_results import half_width, spread
 MARGIN = 0.1  # of the distillation gain: the equivalence margin, fixed beforehand
 ENOUGH = 3
 ONLINE = events()
-QUESTION = "offline and online"
 VERBS = {"better": "gains over", "worse": "loses against", "within the spread": "shows no clear difference from"}
 SAID = {"better": "it beats", "worse": "it loses to", "within the spread": "it is within the spread of"}
 # (name, metric, sign of what is better, digits)
